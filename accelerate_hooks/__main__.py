@@ -1,0 +1,5 @@
+import sys
+
+from accelerate_hooks.cli import main
+
+sys.exit(main())

@@ -1,0 +1,395 @@
+"""One visit of one site: the only thing that a policy touches."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Hashable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import torch
+
+from accelerate_hooks import flow, shorter, stand_in, tokens, tree
+from accelerate_hooks import rows as _rows
+from accelerate_hooks.errors import UnsupportedModelError
+from accelerate_hooks.opaque import opaque_functions
+from accelerate_hooks.run import Slot, Step
+from accelerate_hooks.site import Site, TokenLayout
+
+if TYPE_CHECKING:
+    from accelerate_hooks.attention import Attention
+    from accelerate_hooks.frame import Frame
+
+T = TypeVar("T")
+Scope = Literal["site", "block", "stack", "run"]
+
+
+class Call:
+    """One visit of one site by one policy.
+
+    ``x`` is the tensor that flows through the site (``[batch, tokens, channels]`` for most),
+    ``context`` the second one where there is one (text of a double stream, encoder states),
+    ``parent`` the call of the enclosing site that this policy, or another, was asked about.
+    """
+
+    __slots__ = ("_args", "_depth", "_frame", "_kwargs", "_seam", "parent", "site")
+
+    def __init__(
+        self, site: Site, frame: Frame, seam: Any, args: Any, kwargs: Any, depth: int, parent: Any
+    ) -> None:
+        self.site = site
+        self.parent: Call | None = parent
+        self._frame = frame
+        self._seam = seam
+        self._args = args
+        self._kwargs = kwargs
+        self._depth = depth
+
+    # -- what is there -----------------------------------------------------------------------
+
+    @property
+    def step(self) -> Step:
+        return self._frame.step
+
+    def argument(self, name: str) -> Any:
+        """An argument of the site's ``forward`` by name, None where it was not given."""
+        if name in self._kwargs:
+            return self._kwargs[name]
+        parameters = self.site.port.parameters
+        if name in parameters:
+            place = parameters.index(name)
+            if place < len(self._args):
+                return self._args[place]
+        return None
+
+    @property
+    def x(self) -> torch.Tensor:
+        return tree.stacked(self.argument(self.site.port.x))
+
+    @property
+    def context(self) -> torch.Tensor | None:
+        name = self.site.port.context
+        return None if name is None else self.argument(name)
+
+    @property
+    def routing(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """At experts: (indices ``[tokens, top_k]``, weights ``[tokens, top_k]``)."""
+        names = self.site.port.routing
+        if names is None:
+            return None
+        return self.argument(names[0]), self.argument(names[1])
+
+    @property
+    def layout(self) -> TokenLayout | None:
+        return self._frame.layout
+
+    @property
+    def generator(self) -> torch.Generator:
+        """The policy's own generator of this run (CPU, seeded), so that the global one is left
+        alone."""
+        generators = self._frame.step.run.generators
+        if self._policy_index not in generators:
+            generators[self._policy_index] = torch.Generator().manual_seed(self._policy_index)
+        return generators[self._policy_index]
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks a forward of this model visits, as far as is known."""
+        return self._frame.session.block_count(self._frame.root)
+
+    def peers(self) -> list[Site]:
+        """The sites of this kind and stack at which this policy acts, in order."""
+        session, site, index = self._frame.session, self.site, self._policy_index
+        return [
+            other
+            for other in session.root(self._frame.root).sites
+            if (other.kind, other.stack) == (site.kind, site.stack)
+            and any(i == index for i, _ in session.policies_at(other))
+        ]
+
+    def arguments(self) -> dict[str, Any]:
+        """All arguments by name (positional ones beyond the named parameters excepted)."""
+        named = dict(zip(self.site.port.parameters, self._args, strict=False))
+        named.update(self._kwargs)
+        return named
+
+    def outputs(self, out: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(x, context) inside an output of this site."""
+        place, other = flow.places(self, out)
+        x = tree.stacked(tree.get(out, place))
+        if not isinstance(x, torch.Tensor):
+            raise UnsupportedModelError(
+                f"{self.site.name}: x in its output is a {type(x).__name__}, not one tensor (or a "
+                "list of tensors of one shape); give inputs of one shape, or leave this site out"
+            )
+        return x, None if other is None else tree.get(out, other)
+
+    def replaced(self, out: Any, x: torch.Tensor, context: torch.Tensor | None = None) -> Any:
+        """``out`` with other tensors in the places of x (and context)."""
+        path, other = flow.places(self, out)
+        if isinstance(tree.get(out, path), list):
+            values = {(*path, i): row for i, row in enumerate(x.unbind(0))}
+        else:
+            values = {path: x}
+        if context is not None and other is not None:
+            values[other] = context
+        return tree.put(out, values)
+
+    # -- what can be done --------------------------------------------------------------------
+
+    def proceed(
+        self,
+        x: torch.Tensor | None = None,
+        context: torch.Tensor | None = None,
+        *,
+        rows: torch.Tensor | Sequence[bool] | None = None,
+        rest: torch.Tensor | tuple[torch.Tensor, ...] | None = None,
+        tokens: torch.Tensor | None = None,
+        routing: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> Any:
+        """Do the site's work, with other inputs if given.
+
+        ``rows``: a bool a batch row (host values; a device tensor costs a counted host read); the
+        others are not computed and get ``rest`` (shaped like x's output, or a pair with the
+        context's), by default what adds nothing. ``tokens``: an index into the token axis: the site
+        sees these tokens in this order, the output is back in the old order; tokens left out keep
+        what adds nothing. ``routing``: (indices, weights) at experts; fewer columns are fewer
+        experts a token.
+        """
+        args, kwargs = self._with(x, context, routing)
+        if tokens is not None:
+            return _tokens(self, args, kwargs, tokens)
+        if rows is None:
+            return self._next(args, kwargs)
+        chosen = rows.tolist() if isinstance(rows, torch.Tensor) else [bool(r) for r in rows]
+        if isinstance(rows, torch.Tensor) and rows.device.type != "cpu":
+            self._frame.count_read()
+        if all(chosen):
+            return self._next(args, kwargs)
+        if not any(chosen):
+            out = self.skip(*rest) if isinstance(rest, tuple) else self.skip(rest)
+            return out
+        return _rows.proceed(self, args, kwargs, chosen, rest)
+
+    def skip(
+        self,
+        x: torch.Tensor | None = None,
+        context: torch.Tensor | None = None,
+    ) -> Any:
+        """Leave the site's work out. The output has the form of the last computed one, with ``x``
+        and ``context`` in their places; without values, what adds nothing: the input where the
+        residual is inside the site, zeros where it is outside.
+
+        Keys and values that the site would have written to a KV cache are written. Where the form
+        is not known yet the site is computed beside, once. Where no output can be made (the whole
+        model was never computed; nothing of x's shape comes out) the site is computed instead.
+        """
+        frame = self._frame
+        record = frame.session.record(self.site)
+        given = x is not None
+        why = self.unskippable(given)
+        if why is not None:
+            frame.note(self.site, why, {})
+            return self._next(self._args, self._kwargs)
+        name, cache = (None, None)
+        if self.site.kind in ("block", "attention"):
+            name, cache = stand_in.find(self.arguments())
+        if cache is not None:
+            self._fill(name, cache)
+        if x is None:
+            x = self.x if self.site.port.residual else torch.zeros_like(self._like())
+        if context is None:
+            context = self.context
+        out = record.fill(self, x, context, given)
+        frame.skipped(self.site, self._policy_index)
+        if frame.session.audit is not None:
+            frame.session.audit.check(self, out)
+        return out
+
+    def attention(self, fn: Callable[[Attention], torch.Tensor]) -> Any:
+        """Do the site's work with ``fn`` in the place of its scaled dot-product attention. Raises
+        UnsupportedModelError if no attention of the site could be reached."""
+        return self._frame.session.attend(self, fn)
+
+    def shorten(
+        self,
+        out: Any,
+        keep: torch.Tensor,
+        *,
+        sizes: torch.Tensor | None = None,
+        restore: bool = True,
+    ) -> Any:
+        """From this block on, let only the tokens ``keep`` (ascending positions ``[kept]``) go on,
+        in this forward and, as far as keys and values are concerned, in every later one. With
+        ``restore`` the full length is back before the model's head: tokens that left keep the value
+        they had here. ``sizes`` (``[kept]``) says how many tokens each one stands for."""
+        return shorter.shorten(self, out, keep, sizes, restore)
+
+    def slot(self, make: Callable[[], T], *, scope: Scope = "site", rows: bool = False) -> T:
+        """The policy's own storage in this run and CFG branch (in the run, for ``scope="run"``).
+
+        ``rows`` says that the tensors in it have the batch as first axis: they follow what the
+        model's KV cache does to its rows; storage without it is dropped when rows move. While an
+        outer policy shows this one only some rows, storage is fresh at each visit.
+        """
+        if self._frame.partial:
+            return make()
+        key: Hashable
+        if scope == "run":
+            key = (self._policy_index, "run")
+        else:
+            place: Hashable = self.site.stack
+            if scope == "site":
+                place = (self.site.path, self.site.visit)
+            elif scope == "block":
+                block = self if self.site.kind == "block" else self.parent
+                while block is not None and block.site.kind != "block":
+                    block = block.parent
+                place = (block or self).site.path
+            key = (self._policy_index, scope, self._frame.root, self.step.branch, place)
+        slots = self.step.run.slots
+        slot = slots.get(key)
+        if slot is None:
+            slot = slots[key] = Slot(make(), rows, self._policy_index)
+        return slot.value
+
+    def head(self, x: torch.Tensor) -> torch.Tensor:
+        """What the model's own final norm and head make of ``x`` (shaped like this block's x), by
+        its own forward in which every block only hands on."""
+        return self._frame.session.head(self, x)
+
+    def read(self, *values: torch.Tensor) -> list[float]:
+        """Host values of tensors of one element each: the only host read, and it is counted."""
+        self._frame.count_read()
+        if len(values) == 1:
+            return [float(values[0])]
+        flat = [v.detach().reshape(1).to(torch.float32) for v in values]
+        return torch.cat(flat).tolist()
+
+    def read_rows(self, values: torch.Tensor) -> list[float]:
+        """Host values of a vector, one a row: a counted host read like `read`."""
+        self._frame.count_read()
+        return values.detach().tolist()
+
+    def given(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments as the site was called, to call it again."""
+        return self._args, dict(self._kwargs)
+
+    def note(self, reason: str, **numbers: float) -> None:
+        """Say why, for the trace and the report."""
+        self._frame.note(self.site, reason, numbers)
+
+    def inert(self, reason: str) -> None:
+        """Say, once a session, that the policy can do nothing here: a line in the report, and a
+        warning where the session is strict."""
+        self._frame.session.say_inert(reason)
+
+    # -- inside ------------------------------------------------------------------------------
+
+    @property
+    def _policy_index(self) -> int:
+        return self._frame.session.policies_at(self.site)[self._depth][0]
+
+    def _with(
+        self,
+        x: torch.Tensor | None,
+        context: torch.Tensor | None,
+        routing: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        port = self.site.port
+        changes: dict[str, Any] = {}
+        if x is not None:
+            listed = isinstance(self.argument(port.x), list)
+            changes[port.x] = list(x.unbind(0)) if listed else x
+        if context is not None:
+            if port.context is None:
+                raise UnsupportedModelError(f"{self.site.name} takes no context")
+            changes[port.context] = context
+        if routing is not None:
+            if port.routing is None:
+                raise UnsupportedModelError(f"{self.site.name} takes no routing")
+            changes.update(zip(port.routing, routing, strict=True))
+        return self._replaced_arguments(self._args, self._kwargs, changes)
+
+    def _replaced_arguments(self, args: Any, kwargs: Any, changes: dict[str, Any]) -> Any:
+        return replace_arguments(self.site.port.parameters, args, kwargs, changes)
+
+    def _next(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        frame, depth = self._frame, self._depth + 1
+        policies = frame.session.policies_at(self.site)
+        if depth < len(policies):
+            inner = Call(self.site, frame, self._seam, args, kwargs, depth, self)
+            return policies[depth][1].around(inner)
+        return frame.compute(self, args, kwargs)
+
+    def _like(self) -> torch.Tensor:
+        """A tensor shaped like x's output."""
+        return self.x
+
+    def unskippable(self, given: bool) -> str | None:
+        """Why no output can be made without computing the site (``given``: with a value for x), or
+        None. A site that was never visited is looked at first."""
+        record = self._frame.session.record(self.site)
+        why = record.unskippable(self, given)
+        if why is not None and self.site.kind not in ("model", "loop"):
+            self._look()
+            why = record.unskippable(self, given)
+        return why
+
+    def _look(self) -> None:
+        """Learn the form of the output from a visit whose result nobody gets, so that what a run
+        gives does not depend on the runs before it."""
+        frame, copied = self._frame, {}
+        name, cache = stand_in.find(self.arguments())
+        if cache is not None:
+            copied = {name: copy.deepcopy(cache)}
+        changed = replace_arguments(self.site.port.parameters, self._args, self._kwargs, copied)
+        args, kwargs = tree.transform(_cloned, changed)
+        with torch.random.fork_rng(devices=[]):
+            out = frame.plain(self._seam, args, kwargs)
+        given = dict(zip(self.site.port.parameters, args, strict=False)) | kwargs
+        frame.session.record(self.site).form.learn(self, given, out)
+        frame.note(self.site, "first visit: computed beside, for the form of its output", {})
+
+    def _fill(self, name: str, cache: Any) -> None:
+        """Write the keys and values of the skipped site."""
+
+        def run(stand: Any) -> Any:
+            args, kwargs = self._replaced_arguments(self._args, self._kwargs, {name: stand})
+            return self._frame.plain(self._seam, args, kwargs)
+
+        written = stand_in.capture(run, cache)
+        if written is not None:
+            key, value, more, named = written
+            stand_in.decoder_cache(cache).update(key, value, *more, **named)
+
+
+def replace_arguments(
+    parameters: tuple[str, ...],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    changes: dict[str, Any],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Other values for some arguments; positional ones stay positional, keywords keywords."""
+    if not changes:
+        return args, kwargs
+    positional = list(args)
+    named = dict(kwargs)
+    for name, value in changes.items():
+        place = parameters.index(name) if name in parameters else len(positional)
+        if name not in named and place < len(positional):
+            positional[place] = value
+        else:
+            named[name] = value
+    return tuple(positional), named
+
+
+def _cloned(path: tree.Path, leaf: torch.Tensor) -> torch.Tensor:
+    """A site may work in place on what it is given."""
+    return leaf.clone()
+
+
+def _tokens(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], index: torch.Tensor) -> Any:
+    return tokens.proceed(call, args, kwargs, index)
+
+
+opaque_functions(globals())

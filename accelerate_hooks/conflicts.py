@@ -1,0 +1,30 @@
+"""Which policies can share a site."""
+
+from __future__ import annotations
+
+import itertools
+
+from accelerate_hooks.errors import PolicyConflictError
+from accelerate_hooks.policy import Policy
+from accelerate_hooks.site import Effect, Site
+
+_RANK = {Effect.OBSERVE: 0, Effect.SKIP: 0, Effect.RESHAPE: 1, Effect.REPLACE: 2}
+
+
+def check(plan: dict[Site, list[tuple[int, Policy]]]) -> None:
+    """Raise PolicyConflictError unless on every site SKIP stands outside RESHAPE outside REPLACE,
+    with at most one REPLACE."""
+    for site, policies in plan.items():
+        acts = [(policy, policy.acts(site)) for _, policy in policies]
+        replacing = [policy for policy, effects in acts if Effect.REPLACE in effects]
+        if len(replacing) > 1:
+            names = " and ".join(policy.name for policy in replacing)
+            raise PolicyConflictError(
+                f"{names} both replace {site.name}; keep one, or give each its own sites with '@'"
+            )
+        for (outer, a), (inner, b) in itertools.pairwise(acts):
+            if min((_RANK[e] for e in a), default=0) > min((_RANK[e] for e in b), default=0):
+                raise PolicyConflictError(
+                    f"at {site.name} {inner.name} skips what {outer.name} reshapes or replaces; "
+                    f"list {inner.name} before {outer.name}"
+                )

@@ -1,0 +1,1 @@
+"""A small, really trained model, and what the policies make of it."""

@@ -1,0 +1,93 @@
+"""Floating-point operations of a forward, counted from the shapes that torch functions see.
+
+A function mode, not a dispatch mode: it looks at arguments and changes no kernel, so that a
+counted forward is bit-equal to a plain one. One multiply-add counts as two operations; only matrix
+products, convolutions and attention are counted.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from accelerate_hooks.opaque import opaque_functions
+
+
+def _matmul(out: torch.Tensor, given: list[Any]) -> int:
+    return 2 * out.numel() * given[0].shape[-1]
+
+
+def _added(out: torch.Tensor, given: list[Any]) -> int:
+    return 2 * out.numel() * given[1].shape[-1]
+
+
+def _conv(out: torch.Tensor, given: list[Any]) -> int:
+    return 2 * out.numel() * math.prod(given[1].shape[1:])
+
+
+def _sdpa(out: torch.Tensor, given: list[Any]) -> int:
+    query, key = given[:2]
+    scores = math.prod(query.shape[:-1]) * key.shape[-2]
+    return 2 * scores * (query.shape[-1] + out.shape[-1])
+
+
+_FORMULAS: dict[Any, Callable[[torch.Tensor, list[Any]], int]] = {
+    F.linear: _matmul,
+    torch.matmul: _matmul,
+    torch.Tensor.matmul: _matmul,
+    torch.Tensor.__matmul__: _matmul,
+    torch.mm: _matmul,
+    torch.bmm: _matmul,
+    torch.Tensor.bmm: _matmul,
+    torch.addmm: _added,
+    torch.baddbmm: _added,
+    torch.conv1d: _conv,
+    torch.conv2d: _conv,
+    torch.conv3d: _conv,
+    F.conv1d: _conv,
+    F.conv2d: _conv,
+    F.conv3d: _conv,
+    F.scaled_dot_product_attention: _sdpa,
+}
+if hasattr(F, "grouped_mm"):
+    _FORMULAS[F.grouped_mm] = _matmul
+
+
+class FlopMode(TorchFunctionMode):
+    """Counts into ``total`` while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        formula = _FORMULAS.get(func)
+        if formula is not None and isinstance(out, torch.Tensor):
+            self.total += formula(out, [*args, *kwargs.values()])
+        return out
+
+
+def can_count(model: nn.Module) -> bool:
+    """Not under Dynamo: a mode entered in one forward only would make it compile twice."""
+    if torch.compiler.is_compiling() or any(
+        module._compiled_call_impl is not None for module in model.modules()
+    ):
+        return False
+    if "torch._dynamo" not in sys.modules:
+        return True
+    callback = torch._C._dynamo.eval_frame.get_eval_frame_callback  # type: ignore[attr-defined]
+    return callback() in (None, False)
+
+
+opaque_functions(globals())

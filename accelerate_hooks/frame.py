@@ -1,0 +1,198 @@
+"""One model of a session, and one forward of it."""
+
+from __future__ import annotations
+
+import contextvars
+import inspect
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from accelerate_hooks import flow
+from accelerate_hooks.flops import FlopMode
+from accelerate_hooks.opaque import opaque_functions
+from accelerate_hooks.patch import Patch
+from accelerate_hooks.recognise import Recogniser
+from accelerate_hooks.run import Step
+from accelerate_hooks.seam import Seam
+from accelerate_hooks.site import Site
+from accelerate_hooks.trace import Entry
+
+if TYPE_CHECKING:
+    from accelerate_hooks.call import Call
+    from accelerate_hooks.session import Session
+
+FRAME: contextvars.ContextVar[Frame | None] = contextvars.ContextVar("frame", default=None)
+HEADING: contextvars.ContextVar[Any] = contextvars.ContextVar("heading", default=None)
+PLAIN_INSIDE: contextvars.ContextVar[Frame | None] = contextvars.ContextVar("plain", default=None)
+_UNSET = object()
+
+
+class Root:
+    """One model of the target: its patch, its sites and how its runs are told apart."""
+
+    def __init__(self, name: str, model: nn.Module, patch: Patch, sites: list[Site]) -> None:
+        self.name = name
+        self.model = model
+        self.patch = patch
+        self.sites = sites
+        self.recogniser = Recogniser()
+        self.flow = flow.Flow()
+        self.counted: set[Any] = set()
+        self.tries = 0
+        self.seams: list[Seam] = []
+
+    @property
+    def site(self) -> Site:
+        return self.sites[0]
+
+    @property
+    def denoises(self) -> bool:
+        """Whether the model is given a timestep, so that its forwards are steps of a loop."""
+        names = inspect.signature(type(self.model).forward).parameters
+        return any(name in names for name in self.patch.timesteps)
+
+
+class Frame:
+    """One forward of one root."""
+
+    __slots__ = (
+        "_layout",
+        "arguments",
+        "cuts",
+        "flops",
+        "keys",
+        "left_out",
+        "length",
+        "outer",
+        "parent",
+        "partial",
+        "plainly",
+        "reads",
+        "root",
+        "saved_flops",
+        "session",
+        "step",
+        "uncounted",
+        "visits",
+        "watch",
+    )
+
+    def __init__(
+        self, session: Session, root: Root, step: Step, outer: Any, arguments: dict[str, Any]
+    ) -> None:
+        self.session = session
+        self.root = root.model
+        self.step = step
+        self.outer = outer
+        self.arguments = arguments
+        self.parent: Call | None = None
+        self.partial = False
+        self.cuts: list[Any] = []
+        self.flops: FlopMode | None = None
+        self.watch = root.flow.watch()
+        self.plainly = False
+        self.visits: dict[Seam, int] = {}
+        self.reads = 0
+        self.left_out = 0
+        self.saved_flops = 0
+        self.uncounted = 0
+        self.length = 0
+        self.keys = 0
+        self._layout: Any = _UNSET
+
+    @property
+    def layout(self) -> Any:
+        if self._layout is _UNSET:
+            patch = self.session.patch(self.root)
+            self._layout = patch.layout(self.root, self.arguments)
+        return self._layout
+
+    def count_read(self) -> None:
+        self.session.host_reads += 1
+        self.reads += 1
+
+    def note(self, site: Site, reason: str, numbers: dict[str, float]) -> None:
+        reasons = self.session.record(site).reasons
+        reasons[reason] = reasons.get(reason, 0) + 1
+        self.log(site, "note", reason, numbers)
+
+    def log(
+        self,
+        site: Site,
+        action: str,
+        reason: str | None = None,
+        numbers: dict[str, float] | None = None,
+    ) -> None:
+        step = self.step
+        self.session.trace.add(
+            Entry(step.run.number, step.index, step.branch, site.name, action, reason, numbers)
+        )
+
+    def skipped(self, site: Site, policy: int) -> None:
+        call = self.parent
+        shape = call.x.shape if call is not None and isinstance(call.x, torch.Tensor) else ()
+        self.leave_out(site, tuple(shape))
+        self.session.skips[policy] = self.session.skips.get(policy, 0) + 1
+
+    def leave_out(self, site: Site, shape: tuple[int, ...], share: float = 1.0) -> None:
+        """Count a visit of x's ``shape`` as left out, or a share of its rows."""
+        saved = self.session.record(site).count_skip(shape, share)
+        self.left_out += 1
+        numbers = {} if share == 1.0 else {"share_left_out": share}
+        if saved is None:
+            self.uncounted += 1
+        else:
+            self.saved_flops += saved
+            numbers["flops_saved"] = saved
+        self.log(site, "skip" if share == 1.0 else "rows", numbers=numbers)
+
+    def plain(self, seam: Seam, args: Any, kwargs: Any) -> Any:
+        """The original forward without policies inside, for checks and skipped keys and values."""
+        token = PLAIN_INSIDE.set(self)
+        try:
+            return seam.original(*args, **kwargs)
+        finally:
+            PLAIN_INSIDE.reset(token)
+
+    def compute(self, call: Call, args: Any, kwargs: Any) -> Any:
+        """The original forward, watched."""
+        session, site = self.session, call.site
+        record = session.record(site)
+        parent, self.parent = self.parent, call
+        before = self.flops.total if self.flops is not None else 0
+        left_out = self.left_out
+        x = call.x
+        events = _events(x)
+        start = time.perf_counter()
+        try:
+            out = call._seam.original(*args, **kwargs)
+        finally:
+            self.parent = parent
+        if events is None:
+            if not self.partial:
+                record.time(time.perf_counter() - start, rough=self.flops is not None)
+        else:
+            events[1].record()
+            record.events.append(events)
+        record.computed += 1
+        whole = self.left_out == left_out
+        if self.flops is not None and whole and isinstance(x, torch.Tensor):
+            record.flops[tuple(x.shape)] = self.flops.total - before
+        if not self.partial:
+            record.form.learn(call, call.arguments(), out)
+            self.log(site, "run")
+        return out
+
+
+def _events(x: Any) -> tuple[Any, Any] | None:
+    if not isinstance(x, torch.Tensor) or x.device.type != "cuda":
+        return None
+    pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    pair[0].record()
+    return pair
+
+
+opaque_functions(globals())

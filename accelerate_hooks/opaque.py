@@ -1,0 +1,77 @@
+"""Keep Dynamo out of the runtime's own frames.
+
+A function between a seam and the original ``forward`` must be *skipped* one by one: it is not
+compiled, but what it calls still is. ``torch.compiler.disable(recursive=False)`` says the same, yet
+imports Dynamo (over a second) and wraps; a mark on the code object needs neither.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import Any, TypeVar
+
+F = TypeVar("F")
+
+
+def _strategy() -> tuple[Any, Any] | None:
+    try:
+        from torch._C._dynamo import eval_frame as c
+    except ImportError:
+        return None
+    names = ("set_code_exec_strategy", "_FrameExecStrategy", "_FrameAction")
+    if not all(hasattr(c, name) for name in names):
+        return None
+    skip = c._FrameExecStrategy(c._FrameAction.SKIP, c._FrameAction.DEFAULT)
+    return c.set_code_exec_strategy, skip
+
+
+_STRATEGY = _strategy()
+
+
+def _mark(code: types.CodeType) -> None:
+    """Skip a code object and those of the functions that are defined inside it."""
+    if _STRATEGY is not None:
+        _STRATEGY[0](code, _STRATEGY[1])
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            _mark(constant)
+
+
+def opaque(fn: F) -> F:
+    """Mark a function so that Dynamo breaks the graph at a call of it, does not compile its frame,
+    and goes on compiling what it calls."""
+    code = getattr(fn, "__code__", None)
+    if code is None:
+        return fn
+    if _STRATEGY is not None:
+        _mark(code)
+        fn._torchdynamo_disable = True  # type: ignore[attr-defined]
+        fn._torchdynamo_disable_msg = "accelerate_hooks seam"  # type: ignore[attr-defined]
+    else:
+        import torch._dynamo
+
+        torch._dynamo.skip(fn)  # type: ignore[arg-type]
+    return fn
+
+
+def opaque_members(owner: type) -> None:
+    """Mark every function that a class defines."""
+    for value in list(vars(owner).values()):
+        if isinstance(value, (staticmethod, classmethod)):
+            opaque(value.__func__)
+        elif isinstance(value, property):
+            for part in (value.fget, value.fset):
+                opaque(part)
+        elif isinstance(value, types.FunctionType):
+            opaque(value)
+
+
+def opaque_functions(namespace: dict[str, Any]) -> None:
+    """Mark every function and method that a module defines; call with ``globals()`` at its end."""
+    for value in list(namespace.values()):
+        if getattr(value, "__module__", None) != namespace["__name__"]:
+            continue
+        if isinstance(value, type):
+            opaque_members(value)
+        else:
+            opaque(value)

@@ -1,0 +1,71 @@
+"""What the runtime asks of a library's adapter. The default answers are structural guesses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from accelerate_hooks.site import Site, TokenLayout
+
+if TYPE_CHECKING:
+    pass
+
+
+class Patch:
+    """One library's (or family's) knowledge of where models can be intercepted."""
+
+    timesteps: tuple[str, ...] = ("timestep", "timesteps", "t")
+    conditions: tuple[str, ...] = ("encoder_hidden_states", "class_labels", "y")
+
+    def matches(self, model: nn.Module) -> bool:
+        raise NotImplementedError
+
+    def sites(self, model: nn.Module) -> list[Site]:
+        """The model's sites in the order of its modules, the model itself first."""
+        raise NotImplementedError
+
+    def refuses(self, site: Site) -> str | None:
+        """Why a block or attention must be neither skipped nor reshaped, or None."""
+        return None
+
+    def layout(self, model: nn.Module, arguments: dict[str, Any]) -> TokenLayout | None:
+        return None
+
+    def noise(self, scheduler: Any) -> list[tuple[float, float]]:
+        """(alpha, sigma) of the sample that the model sees at each of the scheduler's timesteps,
+        ``x = alpha * clean + sigma * noise``; empty where unknown."""
+        return []
+
+    def strides(self, scheduler: Any) -> list[float]:
+        """By how much each step of a first-order solver moves the sample along the model's output;
+        empty for another solver."""
+        return []
+
+    def prediction(self, scheduler: Any) -> str | None:
+        """What the model predicts: ``"velocity"``, ``"epsilon"``, ``"v"`` or ``"sample"``."""
+        return None
+
+    def reach_attention(
+        self, site: Site, session: Any
+    ) -> Callable[[Any], AbstractContextManager[Any]] | None:
+        """Called once a site whose attention a policy replaces: a factory of contexts in which
+        the site's attention goes through the given function; None for the default, which
+        intercepts ``F.scaled_dot_product_attention``."""
+        return None
+
+
+class Pipeline:
+    """What a multi-model target offers: its denoisers and its scheduler."""
+
+    def __init__(self, models: dict[str, nn.Module], scheduler: Any) -> None:
+        self.models = models
+        self.scheduler = scheduler
+
+
+def named_blocks(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList):
+            yield name, module

@@ -1,0 +1,402 @@
+"""Which run, step and CFG branch does a forward belong to? Host signals only, strongest first.
+
+1. ``with session.run()``: said by the user.
+2. A KV cache: the run is the cache's and dies with it.
+3. A pipeline's scheduler: ``set_timesteps`` starts a run in this thread or task, ``step`` moves it.
+4. A bare ``for t in timesteps`` loop: ``t`` as a view of ``scheduler.timesteps`` (its offset is the
+   step, without a read), else its value, which must go on in one direction; the same shape, dtype,
+   device and conditioning tensors.
+
+The branch is the name given to ``cache_context``, else the identity of the conditioning tensors,
+else the ordinal among the calls of one timestep, trusted while every step has as many calls.
+In doubt a forward starts a clean run.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from accelerate_hooks.opaque import opaque_functions
+from accelerate_hooks.run import Run
+from accelerate_hooks.stand_in import follow, unfollow
+
+
+@dataclass(eq=False)
+class Trail:
+    """What one context (thread or task) has seen of its current run on one model."""
+
+    run: Run
+    shape: Any
+    clock: Clock | None = None
+    direction: int = 0
+    course: float = 0.0  # the sign of time's last move, by value
+    conditions: dict[tuple[int, ...], Condition] = field(default_factory=dict)
+    calls: int = 0
+    expected: int | None = None
+    restless: int = 0
+    scheduler_index: int = -1
+    seen_now: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class Condition:
+    """A set of conditioning tensors, known by identity and version."""
+
+    name: str
+    tensors: list[weakref.ref[torch.Tensor]]
+    versions: tuple[int, ...]
+    steps: int = 1
+
+    def alive(self, given: list[torch.Tensor]) -> bool:
+        return len(given) == len(self.tensors) and all(
+            ref() is tensor and version == version_of(tensor)
+            for ref, tensor, version in zip(self.tensors, given, self.versions, strict=True)
+        )
+
+
+@dataclass
+class Clock:
+    """A timestep as the host sees it: the view it is of a schedule, or its value."""
+
+    storage: Any  # the timestep tensor, kept so that its memory is not given to another schedule
+    offset: int | None
+    total: int | None
+    value: float | None
+
+    @classmethod
+    def read(cls, timestep: Any, device_value: float | None = None) -> Clock | None:
+        if timestep is None:
+            return None
+        if not isinstance(timestep, torch.Tensor):
+            return cls(None, None, None, float(timestep))
+        view = timestep.untyped_storage()
+        items = view.nbytes() // max(timestep.element_size(), 1)
+        value = device_value
+        if timestep.device.type == "cpu" and timestep.numel():
+            value = float(timestep.detach().reshape(-1)[0])
+        single = timestep.numel() == 1 or all(s == 0 for s in timestep.stride())
+        if single and items > 1:
+            return cls(timestep, timestep.storage_offset(), items, value)
+        return cls(timestep, None, None, value)
+
+    def same_schedule(self, other: Clock) -> bool:
+        return (
+            self.offset is not None
+            and other.offset is not None
+            and self.storage.untyped_storage().data_ptr()
+            == other.storage.untyped_storage().data_ptr()
+        )
+
+    def direction_to(self, later: Clock) -> int | None:
+        """+1 or -1 when time moved on (offsets count as +1), 0 when not, None when unknown."""
+        if self.same_schedule(later):
+            return (later.offset > self.offset) - (later.offset < self.offset)  # type: ignore
+        if self.offset is not None and later.offset is not None:
+            return None  # another schedule: whatever its values, another generation
+        if self.value is None or later.value is None:
+            return None
+        return (later.value > self.value) - (later.value < self.value)
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+class Recogniser:
+    """The run of each forward of one model in one session."""
+
+    def __init__(self) -> None:
+        self._trail: contextvars.ContextVar[Trail | None] = contextvars.ContextVar(
+            "accelerate_hooks_trail", default=None
+        )
+        self._by_cache: weakref.WeakKeyDictionary[Any, Run] = weakref.WeakKeyDictionary()
+        self._trails: weakref.WeakSet[Trail] = weakref.WeakSet()
+
+    def forget(self) -> None:
+        for trail in self._trails:
+            trail.run.clear()
+            trail.run.ended = True
+        for cache, run in list(self._by_cache.items()):
+            run.clear()
+            unfollow(cache, run)
+        self._by_cache.clear()
+
+    # -- language ----------------------------------------------------------------------------
+
+    def of_cache(self, cache: Any) -> Run:
+        run = self._by_cache.get(cache)
+        if run is None or run.broken:
+            run = Run(signal="cache")
+            self.bind_cache(cache, run)
+        run.index += 1
+        return run
+
+    def bind_cache(self, cache: Any, run: Run) -> None:
+        """From now on the run is the cache's, and dies with it."""
+        self._by_cache[cache] = run
+        follow(cache, run)
+
+    def runs(self) -> Iterator[Run]:
+        """The runs that still hold something."""
+        yield from {id(t.run): t.run for t in self._trails if not t.run.ended}.values()
+        yield from list(self._by_cache.values())
+
+    # -- diffusion ---------------------------------------------------------------------------
+
+    def of_loop(
+        self,
+        shape: Any,
+        clock: Clock | None,
+        given: list[torch.Tensor],
+        context_name: str | None,
+        scheduler: Schedule | None,
+        explicit: Run | None,
+    ) -> tuple[Run, int, str, str]:
+        """(run, step index, branch, signal) of a forward in a denoising loop."""
+        trail = self._trail.get()
+        if explicit is not None:
+            if trail is None or trail.run is not explicit:
+                trail = self._start(explicit, shape, clock)
+            moved = self._moved(trail, clock)
+        elif scheduler is not None and not scheduler.run.ended:
+            if trail is not None and trail.run is scheduler.run:
+                if self._turned(trail, clock):  # an aborted pipeline's schedule; this is no part
+                    scheduler.run.ended = True
+                    return self._bare(None, shape, clock, given, context_name)
+                if trail.run.broken:
+                    scheduler.restart()
+            if trail is None or trail.run is not scheduler.run:
+                trail = self._start(scheduler.run, shape, clock)
+            moved = trail.scheduler_index != scheduler.index
+            trail.scheduler_index = scheduler.index
+        else:
+            return self._bare(trail, shape, clock, given, context_name)
+        if moved or trail.run.index < 0:
+            self._advance(trail, clock)
+            if explicit is None and scheduler is not None:
+                trail.run.index, trail.run.total = scheduler.index, scheduler.left()
+        branch, _ = self._branch(trail, given, context_name)
+        signal = "scheduler" if explicit is None else "session.run()"
+        return trail.run, trail.run.index, f"{branch}{_shape_tag(trail, shape)}", signal
+
+    def _bare(
+        self,
+        trail: Trail | None,
+        shape: Any,
+        clock: Clock | None,
+        given: list[torch.Tensor],
+        name: str | None,
+    ) -> tuple[Run, int, str, str]:
+        if trail is None or trail.run.broken or trail.run.ended or trail.shape != shape:
+            trail = None
+        elif clock is None or trail.clock is None:
+            trail = None  # no time at all: nothing tells one generation from the next
+        if trail is not None:
+            assert clock is not None and trail.clock is not None
+            direction = trail.clock.direction_to(clock)
+            if direction is None or (direction and direction * trail.direction < 0):
+                trail = None
+            elif direction == 0:
+                if self._repeats(trail, given, name):
+                    trail = None
+            else:
+                known = self._find(trail, given) is not None or not given or name is not None
+                settled = any(c.steps > 1 for c in trail.conditions.values())
+                if not known and (settled or trail.restless < 2):
+                    restless = trail.restless + 1
+                    trail = self._start(Run(signal="timestep"), shape, None)
+                    trail.restless = 0 if settled else restless
+                trail.direction = direction
+                self._advance(trail, clock)
+        if trail is None:
+            trail = self._start(Run(signal="timestep"), shape, clock)
+            self._advance(trail, clock)
+            if clock is None:
+                trail.run.ambiguous = "the forward is given no timestep; use session.run()"
+        branch, signal = self._branch(trail, given, name)
+        return trail.run, trail.run.index, branch, signal
+
+    def _start(self, run: Run, shape: Any, clock: Clock | None) -> Trail:
+        old = self._trail.get()
+        if old is not None and old.run is not run:
+            old.run.ended = True
+            old.run.clear()
+        trail = Trail(run, shape, clock)
+        self._trails.add(trail)
+        self._trail.set(trail)
+        return trail
+
+    def _moved(self, trail: Trail, clock: Clock | None) -> bool:
+        if clock is None or trail.clock is None:
+            return True
+        return bool(trail.clock.direction_to(clock))
+
+    def _turned(self, trail: Trail, clock: Clock | None) -> bool:
+        """Whether time runs against the direction that it had in this run."""
+        if clock is None or trail.clock is None:
+            return False
+        if trail.clock.value is None or clock.value is None:
+            return False
+        return (clock.value - trail.clock.value) * trail.course < 0
+
+    def _advance(self, trail: Trail, clock: Clock | None) -> None:
+        run = trail.run
+        if (
+            clock is not None
+            and trail.clock is not None
+            and None not in (clock.value, trail.clock.value)
+        ):
+            trail.course = clock.value - trail.clock.value or trail.course
+        if run.index >= 0:
+            if trail.expected is not None and trail.calls != trail.expected:
+                trail.restless = max(trail.restless, 2)
+                if any(name.startswith("call ") for name in run.branches):
+                    run.ambiguous = (
+                        "the number of calls a timestep changes and nothing names the CFG branch; "
+                        "use model.cache_context(name) or keep the conditioning tensors"
+                    )
+            trail.expected = trail.calls
+        run.index += 1
+        trail.calls = 0
+        trail.seen_now = {}
+        trail.clock = clock
+        if clock is not None and clock.total is not None and run.total is None:
+            run.total = clock.total
+
+    def _find(self, trail: Trail, given: list[torch.Tensor]) -> Condition | None:
+        return next((c for c in trail.conditions.values() if c.alive(given)), None)
+
+    def _repeats(self, trail: Trail, given: list[torch.Tensor], name: str | None) -> bool:
+        """At an unchanged timestep: has this branch been seen already? Then it is a new run (or a
+        solver that evaluates twice, which only a scheduler's signal can tell)."""
+        if name is not None:
+            return name in trail.seen_now
+        condition = self._find(trail, given)
+        if condition is not None:
+            return condition.name in trail.seen_now
+        return not given
+
+    def _branch(self, trail: Trail, given: list[torch.Tensor], name: str | None) -> tuple[str, str]:
+        """(branch, the signal that names it)."""
+        signal = trail.run.signal
+        if name is None and given:
+            condition = self._find(trail, given)
+            if condition is None and trail.restless < 2:
+                condition = Condition(
+                    name=f"branch {len(trail.conditions)}",
+                    tensors=[weakref.ref(t, _end_with(trail)) for t in given],
+                    versions=tuple(version_of(t) for t in given),
+                    steps=0,
+                )
+                trail.conditions[tuple(id(t) for t in given)] = condition
+            if condition is not None:
+                condition.steps += condition.name not in trail.seen_now
+                name = condition.name
+                signal += ", conditioning"
+        elif name is not None:
+            signal += ", cache_context"
+        if name is None:
+            name = f"call {trail.calls}" if given else "main"
+            signal += ", ordinal" if given else ""
+        trail.calls += 1
+        visits = trail.seen_now[name] = trail.seen_now.get(name, 0) + 1
+        if visits > 1:
+            name = f"{name} ({visits})"
+        trail.run.branches[name] = trail.run.branches.get(name, 0) + 1
+        return name, signal
+
+
+def _end_with(trail: Trail) -> Callable[[Any], None]:
+    """A bare loop cannot go on without the prompt that it was seen to keep: when that dies, what
+    the run has cached goes too."""
+    known = weakref.ref(trail)
+
+    def end(_: Any) -> None:
+        trail = known()
+        if trail is None or trail.run.signal != "timestep":
+            return
+        if any(condition.steps > 1 for condition in trail.conditions.values()):
+            trail.run.ended = True
+            trail.run.clear()
+
+    return end
+
+
+def _shape_tag(trail: Trail, shape: Any) -> str:
+    """Within a run that somebody declared, other shapes are other branches."""
+    return "" if shape == trail.shape else f" {shape[0]}"
+
+
+@dataclass(eq=False)
+class Schedule:
+    """What a hooked scheduler told in this context: a run from ``set_timesteps`` to the last
+    ``step``. ``begin`` is where an image-to-image pipeline enters the schedule."""
+
+    run: Run
+    total: int
+    scheduler: weakref.ref[Any]
+    noise: list[tuple[float, float]] = field(default_factory=list)
+    prediction: str | None = None
+    strides: list[float] = field(default_factory=list)
+    index: int = 0
+
+    @property
+    def begin(self) -> int:
+        return getattr(self.scheduler(), "begin_index", None) or 0
+
+    def left(self) -> int:
+        """Steps of this run."""
+        return self.total - self.begin
+
+    def restart(self) -> None:
+        self.run = Run(signal="scheduler", total=self.left())
+
+    def level(self) -> tuple[float, float] | None:
+        place = self.begin + self.index
+        return self.noise[place] if place < len(self.noise) else None
+
+    def stride(self) -> float | None:
+        place = self.begin + self.index
+        return self.strides[place] if place < len(self.strides) else None
+
+    def step(self) -> None:
+        self.index += 1
+        if self.index >= self.left():
+            self.run.ended = True
+            self.run.clear()
+
+
+class Schedules:
+    """The current `Schedule` of each context, and the run that the user declared, if any."""
+
+    def __init__(self) -> None:
+        self.current: contextvars.ContextVar[Schedule | None] = contextvars.ContextVar(
+            "accelerate_hooks_schedule", default=None
+        )
+        self.explicit: contextvars.ContextVar[Run | None] = contextvars.ContextVar(
+            "accelerate_hooks_explicit", default=None
+        )
+        self.context_name: contextvars.ContextVar[str | None] = contextvars.ContextVar(
+            "accelerate_hooks_context_name", default=None
+        )
+
+    @contextmanager
+    def declared(self, total: int | None) -> Iterator[Run]:
+        run = Run(signal="session.run()", total=total)
+        token = self.explicit.set(run)
+        try:
+            yield run
+        finally:
+            self.explicit.reset(token)
+            run.ended = True
+            run.clear()
+
+
+opaque_functions(globals())

@@ -1,0 +1,185 @@
+"""The objects that stand in front of a method while a session lives, and the ledger that undoes
+them.
+
+Not ``register_forward_hook``: a hook cannot skip, and one added after ``torch.compile`` is silently
+ignored. An object, not a closure: a closure in a deep-copied module would run the original's
+weights, while these turn back into the plain method whenever they are copied or pickled.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from accelerate_hooks.opaque import opaque, opaque_functions
+from accelerate_hooks.site import Site
+
+
+class Override:
+    """An instance attribute that stands in front of ``owner.<name>``.
+
+    ``handler(override, args, kwargs)`` is called instead; ``override.original`` is what stood
+    there. A deep copy, an unpickled owner and a ``DataParallel`` replica get the plain method,
+    bound to themselves.
+    """
+
+    def __init__(self, owner: Any, name: str, handler: Callable[..., Any]) -> None:
+        self.name = name
+        self.handler = handler
+        self.had = name in vars(owner)
+        self.original: Callable[..., Any] = getattr(owner, name)
+        self._owner = weakref.ref(owner)
+        self.__name__ = name
+        self.__doc__ = self.original.__doc__
+        self.__wrapped__ = self.original
+        for known in ("__module__", "__qualname__"):  # what `functools.update_wrapper` copies
+            if hasattr(self.original, known):
+                setattr(self, known, getattr(self.original, known))
+        self.__signature__ = inspect.signature(self.original)
+
+    @property
+    def owner(self) -> Any:
+        return self._owner()
+
+    @opaque
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.handler(self, args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "original" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self.__dict__["original"], name)
+
+    def plain(self, owner: Any) -> Any:
+        """The method as it would be on ``owner`` without us."""
+        if owner is None or self.had:
+            return self.original
+        return getattr(type(owner), self.name).__get__(owner)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if self.had:
+            return copy.deepcopy(self.original, memo)
+        return self.plain(memo.get(id(self.owner)))
+
+    def __reduce__(self) -> Any:
+        if self.had:
+            return copy.copy, (self.original,)
+        return getattr, (self.owner, self.name)
+
+
+class Seam(Override):
+    """The override of a module's ``forward``. ``sites`` holds one site a visit within a forward."""
+
+    def __init__(self, session: Any, sites: list[Site]) -> None:
+        super().__init__(sites[0].module, "forward", session)
+        self.session = session
+        self.sites = sites
+        self.active = True
+
+    @opaque
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.active:
+            return self.original(*args, **kwargs)
+        return self.session._visit(self, args, kwargs)
+
+
+class _Replicate(Override):
+    """Replicas share our seams through a shallow copy of ``__dict__``: take them out again."""
+
+    def __init__(self, module: Any) -> None:
+        super().__init__(module, "_replicate_for_data_parallel", _replicate)
+
+
+@opaque
+def _replicate(override: Override, args: Any, kwargs: Any) -> Any:
+    replica = override.original(*args, **kwargs)
+    for name, value in list(vars(replica).items()):
+        if isinstance(value, Override):
+            if value.had:
+                vars(replica)[name] = value.original
+            else:
+                del vars(replica)[name]
+    return replica
+
+
+class Ledger:
+    """Every change that a session makes to objects of others, undone last first."""
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], str | None]] = []
+        self.taken_out: list[str] = []
+
+    def override(self, override: Override) -> None:
+        owner = override.owner
+        vars(owner)[override.name] = override
+        self._undo.append(lambda: self._restore(override))
+
+    def seam(self, seam: Seam) -> None:
+        self.override(seam)
+        self.override(_Replicate(seam.owner))
+
+    def note(self, undo: Callable[[], str | None]) -> None:
+        """Record an undo function; it returns None, or the name of what it could not undo."""
+        self._undo.append(undo)
+
+    def undo(self) -> list[str]:
+        """Undo everything; the names of what somebody else has wrapped meanwhile. What somebody
+        else has taken out is in ``taken_out``."""
+        left = []
+        while self._undo:
+            name = self._undo.pop()()
+            if name is not None:
+                left.append(name)
+        return left
+
+    def _restore(self, override: Override) -> str | None:
+        owner = override.owner
+        if owner is None:
+            return None
+        state = vars(owner)
+        name = f"{type(owner).__name__}.{override.name}"
+        plain = override.plain(owner)
+        found = state.get(override.name)
+        if found is override:
+            if override.had:
+                state[override.name] = override.original
+            else:
+                del state[override.name]
+        wrapped = found is not override
+        for key, value in list(state.items()):
+            if value is override:  # kept under another name, as accelerate's `_old_forward`
+                state[key] = plain
+                wrapped = False
+            elif getattr(value, "__wrapped__", None) is override:
+                _unwrap(value, override, plain)
+        if wrapped and (
+            found is None or found == getattr(type(owner), override.name).__get__(owner)
+        ):
+            self.taken_out.append(name)
+            return None
+        return name if wrapped else None
+
+
+def _unwrap(wrapper: Any, override: Override, plain: Any) -> None:
+    """``functools.update_wrapper(wrapper, override)`` has copied what ``override`` holds: make it
+    what ``update_wrapper(wrapper, plain)`` does."""
+    state = vars(wrapper)
+    for key in vars(override):
+        if state.get(key) is vars(override)[key]:
+            del state[key]
+    functools.update_wrapper(wrapper, plain)
+
+
+def seam_of(module: Any) -> Seam | None:
+    """The live seam on a module, whoever wrapped it under a name of the module's own."""
+    for value in vars(module).values():
+        if isinstance(value, Seam) and value.active:
+            return value
+    return None
+
+
+opaque_functions(globals())

@@ -1,0 +1,419 @@
+"""What `enable` returns, and the one place where visits come in."""
+
+from __future__ import annotations
+
+import contextvars
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from accelerate_hooks import flow, shorter, stand_in, tree
+from accelerate_hooks.attention import AttentionMode, joint_length
+from accelerate_hooks.audit import Audit
+from accelerate_hooks.call import Call
+from accelerate_hooks.errors import UnsupportedModelError
+from accelerate_hooks.flops import FlopMode, can_count
+from accelerate_hooks.frame import FRAME, HEADING, PLAIN_INSIDE, Frame, Root
+from accelerate_hooks.opaque import opaque_functions
+from accelerate_hooks.patch import Patch
+from accelerate_hooks.place import cache_of, length_of, step_of
+from accelerate_hooks.policy import Policy
+from accelerate_hooks.recognise import Schedules
+from accelerate_hooks.record import Record
+from accelerate_hooks.run import Run, Step
+from accelerate_hooks.seam import Ledger, Seam
+from accelerate_hooks.site import Site
+from accelerate_hooks.tally import Tally
+from accelerate_hooks.trace import Trace
+
+_PAUSED: contextvars.ContextVar[bool] = contextvars.ContextVar("paused", default=False)
+_SHAPES_COUNTED = 16
+_COUNTED_IN_PART = 8  # forwards in which something was left out while FLOPs were counted
+
+
+class InertWarning(UserWarning):
+    """Policies were asked to act where they must not (gradients on, training mode)."""
+
+
+class Session:
+    """Policies at work on a model. A context manager; ``disable()`` undoes everything."""
+
+    def __init__(
+        self,
+        roots: list[Root],
+        policies: list[Policy],
+        plan: dict[Site, list[tuple[int, Policy]]],
+        notes: list[str],
+        audit: int | None = None,
+    ) -> None:
+        self.policies = policies
+        self.notes = notes
+        self.strict = True
+        self.trace = Trace()
+        self.host_reads = 0
+        self.forwards = 0
+        self.inert_forwards: dict[str, int] = {}
+        self.skips: dict[int, int] = {}
+        self.dropped_for_bytes = 0
+        self.ledger = Ledger()
+        self.counting = True
+        self.tally = Tally()
+        self.audit = None if audit is None else Audit(audit)
+        self._active = True
+        self._plan = plan
+        self._records: dict[Site, Record] = {}
+        self._roots = {id(root.model): root for root in roots}
+        self.schedules = Schedules()
+        self._warned: set[str] = set()
+        self._reach: dict[Site, Any] = {}
+        self._trains = bool(policies) and all(policy.trains for policy in policies)
+        self.scheduler: Any = None
+        self.private_key: str | None = None
+
+    # -- the user's side ---------------------------------------------------------------------
+
+    @property
+    def active(self) -> bool:
+        return self._active
+
+    @property
+    def sites(self) -> list[Site]:
+        """The sites at which a policy acts."""
+        return [site for site, policies in self._plan.items() if policies]
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.disable()
+
+    def disable(self) -> list[str]:
+        """Undo everything (again and again is fine); returns the names of seams that somebody has
+        wrapped meanwhile: those are inert, but only who wrapped them can take them out."""
+        if not self._active:
+            return []
+        self._active = False
+        self.reset()
+        left = self.ledger.undo()
+        for root in self._roots.values():
+            for seam in root.seams:
+                seam.active = False
+        if left:
+            warnings.warn(
+                f"{', '.join(left)}: wrapped by somebody else since enable; our part is inert and "
+                "goes when that wrapper goes",
+                InertWarning,
+                stacklevel=2,
+            )
+        if self.ledger.taken_out:
+            warnings.warn(
+                f"{', '.join(self.ledger.taken_out)}: taken out by somebody else while enabled "
+                "(removing offload hooks does that); policies did not act there since",
+                InertWarning,
+                stacklevel=2,
+            )
+        return left
+
+    def reset(self) -> None:
+        """Forget every run; the next forward starts clean."""
+        for root in self._roots.values():
+            root.recogniser.forget()
+
+    @contextmanager
+    def run(self, total: int | None = None) -> Iterator[Run]:
+        """Say that the forwards inside are one generation (of ``total`` steps)."""
+        with self.schedules.declared(total) as run:
+            yield run
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, in this thread or task, the model computes plainly."""
+        token = _PAUSED.set(True)
+        try:
+            yield
+        finally:
+            _PAUSED.reset(token)
+
+    def report(self, run: int | None = None) -> Any:
+        from accelerate_hooks.report import Report
+
+        return Report.of(self, run)
+
+    def save_recipe(self, path: str) -> None:
+        from accelerate_hooks.spec import Addressed, save_recipe
+
+        save_recipe(path, [Addressed(policy, None) for policy in self.policies])
+
+    # -- the runtime's side ------------------------------------------------------------------
+
+    def root(self, model: nn.Module) -> Root:
+        return self._roots[id(model)]
+
+    @property
+    def roots(self) -> list[Root]:
+        return list(self._roots.values())
+
+    def patch(self, model: nn.Module) -> Patch:
+        return self._roots[id(model)].patch
+
+    def record(self, site: Site) -> Record:
+        record = self._records.get(site)
+        if record is None:
+            record = self._records[site] = Record(site)
+        return record
+
+    @property
+    def records(self) -> dict[Site, Record]:
+        return self._records
+
+    def policies_at(self, site: Site) -> list[tuple[int, Policy]]:
+        return self._plan.get(site, _NONE)
+
+    def adopt(self, old: Site, new: Site) -> None:
+        """A module turned out to be visited once more in a forward: the same policies act there."""
+        self._plan[new] = [(i, policy) for i, policy in self.policies_at(old) if policy.acts(new)]
+        if old in self._reach:
+            self._reach[new] = self._reach[old]
+
+    def leave_out(self, site: Site) -> None:
+        """No policy acts at this site any more."""
+        self._plan[site] = []
+
+    def block_count(self, model: nn.Module) -> int:
+        return sum(site.kind == "block" for site in self.root(model).sites)
+
+    def _visit(self, seam: Seam, args: Any, kwargs: Any) -> Any:
+        frame = FRAME.get()
+        while frame is not None and frame.session is not self:
+            frame = frame.outer
+        site = seam.sites[0]
+        if frame is None or (site.kind == "model" and frame.root is not site.module):
+            if site.kind != "model":
+                return seam.original(*args, **kwargs)
+            return self._enter(seam, site, args, kwargs)
+        if PLAIN_INSIDE.get() is frame:
+            return seam.original(*args, **kwargs)
+        heading = HEADING.get()
+        if heading is not None and heading[0] is frame and site.kind == "block":
+            return self._pass(frame, seam, site, args, kwargs)
+        watch = frame.watch
+        if watch is not None or len(seam.sites) > 1:
+            visit = frame.visits.get(seam, 0)
+            frame.visits[seam] = visit + 1
+            if visit < len(seam.sites):
+                site = seam.sites[visit]
+            elif watch is not None and not frame.partial:
+                site = self.root(frame.root).flow.another(self, self.root(frame.root), seam, visit)
+            else:
+                site = seam.sites[-1]
+        given = (args, kwargs)
+        if frame.cuts or frame.step.run.cuts:
+            args, kwargs = shorter.rewrite(frame, site, args, kwargs)
+        out = self._dispatch(frame, seam, site, args, kwargs)
+        if frame.cuts and site.kind == "block" and site.index == site.count - 1:
+            call = Call(site, frame, seam, args, kwargs, 0, frame.parent)
+            out = shorter.restored(frame, site, call, out)
+        if watch is not None and site.kind == "block" and not frame.partial:
+            watch.see(site, dict(zip(site.port.parameters, given[0], strict=False)) | given[1], out)
+        return out
+
+    def _dispatch(self, frame: Frame, seam: Seam, site: Site, args: Any, kwargs: Any) -> Any:
+        policies = self._plan.get(site, _NONE)
+        call = Call(site, frame, seam, args, kwargs, 0, frame.parent)
+        if not policies or frame.plainly:
+            return frame.compute(call, args, kwargs)
+        outer, frame.parent = frame.parent, call
+        try:
+            return policies[0][1].around(call)
+        finally:
+            frame.parent = outer
+
+    def _enter(self, seam: Seam, site: Site, args: Any, kwargs: Any) -> Any:
+        """A forward of a root begins."""
+        why = self._inert(site.module)
+        if why is not None:
+            self.inert_forwards[why] = self.inert_forwards.get(why, 0) + 1
+            return seam.original(*args, **kwargs)
+        root = self.root(site.module)
+        arguments = dict(zip(site.port.parameters, args, strict=False)) | kwargs
+        step = step_of(root, self.schedules, arguments)
+        frame = Frame(self, root, step, FRAME.get(), arguments)
+        x = arguments.get(site.port.x)
+        _, cache = cache_of(arguments)
+        frame.length = length_of(arguments)
+        if step.run.cuts and cache is not None:
+            frame.keys = int(stand_in.decoder_cache(cache).get_seq_length()) + frame.length
+        self.forwards += 1
+        shape = (tuple(x.shape), step.phase) if isinstance(x, torch.Tensor) else None
+        new = shape is not None and shape not in root.counted
+        if new and self.counting and len(root.counted) < _SHAPES_COUNTED and can_count(site.module):
+            frame.flops = FlopMode()
+        token = FRAME.set(frame)
+        try:
+            if frame.flops is None:
+                out = self._begin(root, frame, seam, args, kwargs)
+            else:
+                with frame.flops:
+                    out = self._begin(root, frame, seam, args, kwargs)
+                root.tries += frame.left_out > 0
+                if frame.left_out == 0 or root.tries > _COUNTED_IN_PART:
+                    root.counted.add(shape)
+        except BaseException:
+            step.run.broken = True
+            step.run.clear()
+            raise
+        finally:
+            FRAME.reset(token)
+        self._leave(root, frame, out)
+        return out
+
+    def _begin(self, root: Root, frame: Frame, seam: Seam, args: Any, kwargs: Any) -> Any:
+        """The forward of a root; where a policy asks more of a block than its names tell, one that
+        is only watched goes before it."""
+        site = root.site
+        if frame.watch is None:
+            return self._dispatch(frame, seam, site, args, kwargs)
+        state = torch.get_rng_state()
+        try:
+            return self._dispatch(frame, seam, site, args, kwargs)
+        except flow.Unsure:
+            if cache_of(frame.arguments)[1] is not None:
+                raise UnsupportedModelError(
+                    f"{type(root.model).__name__}: several outputs of a block are shaped like its "
+                    "input; run one forward without a KV cache first, or give the family a patch"
+                ) from None
+        frame.watch, frame.plainly = root.flow.watch(), True
+        self._rewind(frame, state)
+        seam.original(*args, **kwargs)
+        root.flow.settle(self, root, frame.watch or flow.Watch())
+        frame.watch, frame.plainly = None, False
+        self._rewind(frame, state)
+        return self._dispatch(frame, seam, site, args, kwargs)
+
+    def _rewind(self, frame: Frame, state: torch.Tensor) -> None:
+        frame.visits.clear()
+        frame.step.run.clear()
+        torch.set_rng_state(state)
+
+    def generate(self, override: Any, site: Site, args: Any, kwargs: Any) -> Any:
+        """A generation begins: the forwards inside are no part of this frame, each has its own."""
+        root = self.root(site.module)
+        run = Run(signal=site.path, index=0)
+        step = Step(run, 0, None, "prefill", root.name or "main", site.path)
+        arguments = dict(zip(site.port.parameters, args, strict=False)) | kwargs
+        frame = Frame(self, root, step, FRAME.get(), arguments)
+        return self._dispatch(frame, override, site, args, kwargs)
+
+    def _leave(self, root: Root, frame: Frame, out: Any) -> None:
+        run = frame.step.run
+        if frame.watch is not None:
+            root.flow.settle(self, root, frame.watch)
+        if frame.step.phase == "prefill" and run.signal == "forward":
+            made = getattr(out, "past_key_values", None)
+            if stand_in.is_cache(made):
+                run.signal = "cache"
+                root.recogniser.bind_cache(made, run)
+        self._bound(run)
+        x = frame.arguments.get(root.site.port.x)
+        shape = tuple(x.shape) if isinstance(x, torch.Tensor) else ()
+        self.tally.forward(frame, root.name, self.record(root.site).flops.get(shape))
+
+    def _bound(self, run: Run) -> None:
+        """Keep what the run caches under each policy's ``max_cache_bytes``."""
+        if not run.slots:
+            return
+        run.measure()
+        for index, policy in enumerate(self.policies):
+            cap = getattr(policy, "max_cache_bytes", None)
+            if cap is None:
+                continue
+            mine = [key for key, slot in run.slots.items() if slot.policy == index]
+            if sum(tree.nbytes(run.slots[key].value) for key in mine) > cap:
+                for key in mine:
+                    del run.slots[key]
+                self.dropped_for_bytes += 1
+
+    def say_inert(self, why: str) -> None:
+        """A line in the report, and, where the session is strict, a warning; once."""
+        if why not in self._warned:
+            self._warned.add(why)
+            self.notes.append(why)
+            if self.strict:
+                warnings.warn(why, InertWarning, stacklevel=2)
+
+    def is_paused(self) -> bool:
+        return not self._active or _PAUSED.get()
+
+    def _inert(self, model: nn.Module) -> str | None:
+        if self.is_paused():
+            return "paused"
+        why = None
+        if self._trains:
+            return None
+        if torch.is_grad_enabled():
+            why = "gradients are on (use torch.no_grad() or torch.inference_mode())"
+        elif model.training:
+            why = "the model is in training mode (call model.eval())"
+        if why is not None and why not in self._warned:
+            self._warned.add(why)
+            warnings.warn(f"policies are inert: {why}", InertWarning, stacklevel=5)
+        return why
+
+    def head(self, call: Call, x: torch.Tensor) -> Any:
+        """The model's output if ``x`` were that of the last block of the call's stack: its forward
+        once more, with blocks that only hand on."""
+        frame = call._frame
+        if call.site.kind != "block":
+            raise UnsupportedModelError(f"{call.site.name} is no block: only these know the head")
+        seam = next(s for s in self.root(frame.root).seams if s.owner is frame.root)
+        token = HEADING.set((frame, call, x))
+        try:
+            out = seam.original(**frame.arguments)
+        finally:
+            HEADING.reset(token)
+        logits = getattr(out, "logits", None)
+        return next(tree.leaves(out))[1] if logits is None else logits
+
+    def _pass(self, frame: Frame, seam: Seam, site: Site, args: Any, kwargs: Any) -> Any:
+        _, asked, x = HEADING.get()
+        call = Call(site, frame, seam, args, kwargs, 0, frame.parent)
+        mine = site.stack == asked.site.stack
+        record = self.record(site)
+        if record.unskippable(call, mine) is not None:
+            record = self.record(asked.site)
+        why = record.unskippable(call, mine)
+        if why is not None:
+            raise UnsupportedModelError(f"{site.name}: the head cannot be reached, {why}")
+        return record.fill(call, x if mine else call.x, call.context, mine)
+
+    def attend(self, call: Call, fn: Any) -> Any:
+        """Run a call with ``fn`` as its attention."""
+        root = self.root(call._frame.root)
+        make = self._reach.get(call.site)
+        make = AttentionMode if make is None else make
+        mode = make(fn, joint_length(call), call.layout)
+        with mode:
+            out = call.proceed()
+        if mode.calls == 0:
+            raise UnsupportedModelError(
+                f"{call.site.name} ({type(call.site.module).__name__} in "
+                f"{type(root.model).__name__}): its attention never reached "
+                "scaled_dot_product_attention; load the model with attn_implementation='sdpa', or "
+                "leave this site out with only="
+            )
+        return out
+
+    def reach(self, site: Site, make: Any) -> None:
+        """How the attention of a site is reached, where the default does not."""
+        if make is not None:
+            self._reach[site] = make
+
+
+_NONE: list[tuple[int, Policy]] = []
+
+
+opaque_functions(globals())

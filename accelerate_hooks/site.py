@@ -1,0 +1,93 @@
+"""What can be intercepted, as data: effects, ports, sites and token layouts."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+Kind = Literal["loop", "model", "block", "attention", "mlp", "router", "experts"]
+KINDS: tuple[Kind, ...] = ("loop", "model", "block", "attention", "mlp", "router", "experts")
+
+
+class Effect(enum.Enum):
+    """What a policy may do at a site. Conflicts between policies are computed from these."""
+
+    SKIP = "skip"  # leave the site's work out
+    RESHAPE = "reshape"  # change the shape inside the site (fewer tokens, fewer experts)
+    REPLACE = "replace"  # compute the site by other means; at most one policy a site
+    OBSERVE = "observe"  # look only
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """Where the tokens of a sequence stand: ``frames * height * width`` in raster order,
+    ``text`` the slice of text tokens in a joint sequence, ``special`` leading tokens such as CLS.
+    """
+
+    frames: int
+    height: int
+    width: int
+    text: slice | None = None
+    special: int = 0
+
+    @property
+    def visual(self) -> int:
+        return self.frames * self.height * self.width
+
+
+@dataclass(frozen=True)
+class Port:
+    """Where a site keeps its tensors among the arguments and the outputs of ``forward``.
+
+    ``parameters`` are the names that positional arguments bind to; ``x`` and ``context`` name
+    arguments. ``out`` and ``context_out`` are paths into the output: ``()`` is the output itself,
+    ``(1,)`` its second element, ``None`` "the first tensor" (``x``) or "not given back" (context).
+    ``streams`` are what else a block hands on to the next one: (argument, path into the output).
+    ``confirmed`` ports were seen at work, the others are read off names.
+    """
+
+    parameters: tuple[str, ...]
+    x: str
+    context: str | None = None
+    out: tuple[int | str, ...] | None = None
+    context_out: tuple[int | str, ...] | None = None
+    residual: bool = False
+    row: Literal["batch", "token"] = "batch"
+    routing: tuple[str, str] | None = None
+    streams: tuple[tuple[str, tuple[int | str, ...]], ...] = ()
+    confirmed: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One interceptable place. A module that is visited several times in a forward (ALBERT's
+    shared layer) has one site a visit; ``index`` of ``count`` is the place in its ``stack``,
+    the run of blocks whose output is the next one's input. ``parts`` are the kinds of sites that
+    the enclosing block has inside. A site is itself (no equality by value): ports and places in a
+    stack are learned of it later.
+    """
+
+    kind: Kind
+    path: str
+    module: nn.Module
+    port: Port
+    index: int = 0
+    count: int = 1
+    stack: str = ""
+    visit: int = 0
+    parts: frozenset[Kind] = frozenset()
+
+    @property
+    def name(self) -> str:
+        return f"{self.path}#{self.visit}" if self.visit else self.path or "(model)"
+
+    def learn(self, **known: Any) -> None:
+        """Set fields that watching a forward has shown (the runtime's, see `flow`)."""
+        for name, value in known.items():
+            object.__setattr__(self, name, value)
+
+    def __repr__(self) -> str:
+        return f"<{self.kind} site {self.name!r} {self.index + 1}/{self.count}>"

@@ -1,0 +1,147 @@
+"""Which classes of transformers and diffusers can be intercepted: writes docs/coverage.md.
+
+    python -P benchmarks/coverage.py [--check]
+
+Every row of `tests/tiny_models.py` is built, run under a policy that leaves blocks out, and looked
+at: sites by kind, stacks of blocks whose ports were confirmed, whether skipping changed the output.
+What is refused comes with the reason. `--check` writes nothing and exits with 1 on a difference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import logging
+import re
+import sys
+import warnings
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from accelerate_hooks import LazyStep, enable
+from accelerate_hooks.errors import UnsupportedModelError
+from accelerate_hooks.registry import patch_for
+from accelerate_hooks.site import KINDS, Site
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "coverage.md"
+STEPS = 3
+HEAD = """# Coverage
+
+Written by `benchmarks/coverage.py` from the table of tiny models in `tests/tiny_models.py`; do not
+edit. *Sites* are counted by kind (a module visited again in the same forward has a site a visit).
+*Stacks* are runs of blocks whose output is the next one's input, as watched in a forward: `4` is
+one stack of four blocks, `2x4` two of them. *Skips* says which policies really left work out and
+changed the output: whole steps (LazyStep), or blocks.
+
+"""
+REFUSED = """
+## Refused, or not built
+
+Block policies refuse these when they are enabled; others are not in the table. This list may only
+shrink.
+
+| class | why |
+|---|---|
+"""
+
+
+def load(name: str) -> ModuleType:
+    """A module of ``tests/`` by its name, as tests/conftest.py does it."""
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, ROOT / "tests" / f"{name}.py")
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+def kinds(sites: list[Site]) -> str:
+    count = Counter(site.kind for site in sites)
+    return ", ".join(f"{count[kind]} {kind}" for kind in KINDS if count[kind] and kind != "model")
+
+
+def stacks(sites: list[Site]) -> str:
+    lengths = [s.count for s in sites if s.kind == "block" and s.index == 0]
+    return " + ".join(f"{n}x{length}" if n > 1 else f"{length}" for length, n in _runs(lengths))
+
+
+def _runs(values: list[int]) -> list[tuple[int, int]]:
+    runs: list[tuple[int, int]] = []
+    for value in values:
+        if runs and runs[-1][0] == value:
+            runs[-1] = value, runs[-1][1] + 1
+        else:
+            runs.append((value, 1))
+    return runs
+
+
+def row(tiny: Any) -> str:
+    """A line of the table; raises UnsupportedModelError where blocks cannot be skipped."""
+    contract = load("contract")
+    model, inputs = tiny.build(), tiny.inputs(2)
+    enable(model, contract.BlockSkip.exact()).disable()
+    plain = contract.outputs(model, inputs, STEPS)
+    skips = []
+    for word, policy in (("steps", LazyStep), ("blocks", contract.BlockSkip)):
+        if word == "steps" and tiny.kind != "diffusion":
+            continue
+        with enable(model, policy.example()) as session:
+            changed = not contract.equal(contract.outputs(model, inputs, STEPS), plain)
+            if session.skips and changed:
+                skips.append(word)
+            sites = session.roots[0].sites
+    confirmed = all(s.port.confirmed for s in sites if s.kind == "block")
+    cells = [tiny.cls, tiny.name, tiny.kind, kinds(sites), stacks(sites) if confirmed else "?"]
+    return f"| {' | '.join([*cells, ' and '.join(skips) or 'no'])} |"
+
+
+def page() -> str:
+    tiny_models = load("tiny_models")
+    lines: dict[str, list[str]] = {"diffusers": [], "transformers": []}
+    refused: dict[str, str] = {}
+    for tiny in tiny_models.TINY.values():
+        try:
+            lines[tiny.library].append(row(tiny))
+        except UnsupportedModelError as error:
+            refused[tiny.cls] = reason(error)
+        print(tiny.name, file=sys.stderr, flush=True)
+    text = HEAD
+    for library, rows in lines.items():
+        text += f"## {library}\n\n| class | row | kind | sites | stacks | skips |\n"
+        text += "|---|---|---|---|---|---|\n" + "\n".join(rows) + "\n\n"
+    entries = {**refused, **tiny_models.UNBUILT}
+    return text.rstrip() + "\n" + REFUSED + "".join(f"| {c} | {w} |\n" for c, w in entries.items())
+
+
+def reason(error: Exception) -> str:
+    found = re.search(r"\w+ keeps a state beside keys and values \(\w+\)", str(error))
+    return found.group() if found else str(error).partition(";")[0]
+
+
+def structure(name: str) -> str:
+    """The sites of one row before any forward, for a quick look at whether the page is current."""
+    model = load("tiny_models").TINY[name].build()
+    return kinds(patch_for(model).sites(model))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="compare only")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.disable()
+    torch.set_grad_enabled(False)
+    text = page()
+    if options.check:
+        return int(text != PAGE.read_text())
+    PAGE.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

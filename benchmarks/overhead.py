@@ -1,0 +1,267 @@
+"""The price of the runtime where nothing is skipped, beside peers in the same process.
+
+    overhead.py            # two threads; writes benchmarks/results/overhead.json and .md
+
+Three figures: an inert seam (a session that was disabled under a wrapper), a visit (every block,
+attention and MLP of a model seamed with a policy that only proceeds), and a whole forward of
+`DiTTransformer2DModel` 12 x 384 with 256 tokens under policies that never skip, beside diffusers'
+FirstBlockCache at threshold 0 and cache-dit's DBCache at threshold 0. Ratios are medians of
+interleaved pairs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+import timeit
+import warnings
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import diffusers
+import torch
+from torch import nn
+
+import accelerate_hooks as ah
+from accelerate_hooks.policies import LazyStep
+from accelerate_hooks.seam import Seam
+from accelerate_hooks.site import Port, Site
+
+RESULTS = Path(__file__).parent / "results"
+LIMIT_IQR = 0.15
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proceed(ah.Policy):
+    """Asked everywhere, skips nothing."""
+
+    name: ClassVar[str] = "proceed"
+    kinds = ("model", "block", "attention", "mlp")
+
+    def acts(self, site: Site) -> frozenset[ah.Effect]:
+        return frozenset({ah.Effect.OBSERVE})
+
+
+def dit() -> nn.Module:
+    torch.manual_seed(0)
+    model = diffusers.DiTTransformer2DModel(
+        num_attention_heads=6, attention_head_dim=64, in_channels=4, num_layers=12,
+        sample_size=32, patch_size=2, num_embeds_ada_norm=1000,
+    )  # fmt: skip
+    return model.eval()
+
+
+class Loop:
+    """Forwards of one denoising run: time moves on, the labels stay."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.x = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(0))
+        self.labels = torch.tensor([1])
+        self.time = 1000
+
+    def forward(self) -> float:
+        self.time = self.time - 1 if self.time > 1 else 999
+        moment = torch.tensor([self.time])
+        start = time.perf_counter()
+        self.model(self.x, moment, class_labels=self.labels, return_dict=False)
+        return time.perf_counter() - start
+
+
+@contextmanager
+def ours(model: nn.Module, policy: ah.Policy) -> Any:
+    with ah.enable(model, policy) as session:
+        yield session
+
+
+@contextmanager
+def first_block_cache(model: nn.Module) -> Any:
+    from diffusers import FirstBlockCacheConfig
+    from diffusers.hooks import apply_first_block_cache
+    from diffusers.hooks.hooks import CacheContext, HookRegistry, _set_cache_context
+
+    apply_first_block_cache(model, FirstBlockCacheConfig(threshold=0.0))
+    _set_cache_context(model, CacheContext("cond"))
+    try:
+        yield None
+    finally:
+        for module in model.modules():
+            registry = getattr(module, "_diffusers_hook", None)
+            if isinstance(registry, HookRegistry):
+                for name in list(registry.hooks):
+                    registry.remove_hook(name)
+
+
+@contextmanager
+def cache_dit_db(model: nn.Module) -> Any:
+    import cache_dit
+    from cache_dit import BlockAdapter, DBCacheConfig, ForwardPattern
+
+    adapter = BlockAdapter(
+        transformer=model, blocks=[model.transformer_blocks],
+        forward_pattern=[ForwardPattern.Pattern_3], check_forward_pattern=False,
+    )  # fmt: skip
+    config = DBCacheConfig(
+        Fn_compute_blocks=1, Bn_compute_blocks=0, residual_diff_threshold=0.0,
+        max_warmup_steps=0, num_inference_steps=100000,
+    )  # fmt: skip
+    cache_dit.enable_cache(adapter, cache_config=config)
+    try:
+        yield None
+    finally:
+        cache_dit.disable_cache(adapter)
+
+
+def contestants() -> dict[str, Callable[[nn.Module], Any]]:
+    return {
+        "seams on every block, attention and MLP": lambda m: ours(m, Proceed()),
+        "LazyStep(scope=model), never skips": lambda m: ours(m, LazyStep(max_age=0)),
+        "LazyStep(scope=stack), never skips": lambda m: ours(m, LazyStep(scope="stack", max_age=0)),
+        "diffusers FirstBlockCache, threshold 0": first_block_cache,
+        "cache-dit DBCache, threshold 0": cache_dit_db,
+    }
+
+
+def forwards(rounds: int) -> dict[str, Any]:
+    """Interleaved forwards: plain, A, plain, B, ... in one process."""
+    plain = Loop(dit())
+    made: dict[str, Loop] = {}
+    failed: dict[str, str] = {}
+    visits: dict[str, int] = {}
+    with ExitStack() as stack, torch.no_grad():
+        for name, enter in contestants().items():
+            loop = Loop(dit())
+            try:
+                session = stack.enter_context(enter(loop.model))
+                for _ in range(3):
+                    loop.forward()
+            except Exception as error:  # a peer's own failure is a result, not ours
+                failed[name] = f"{type(error).__name__}: {error}"[:200]
+                continue
+            made[name] = loop
+            if session is not None:
+                before = sum(r.computed for r in session.records.values())
+                loop.forward()
+                visits[name] = sum(r.computed for r in session.records.values()) - before
+        for _ in range(3):
+            plain.forward()
+        times: dict[str, list[float]] = {name: [] for name in made}
+        base: dict[str, list[float]] = {name: [] for name in made}
+        for _ in range(rounds):
+            for name, loop in made.items():
+                base[name].append(plain.forward())
+                times[name].append(loop.forward())
+    every = [t for taken in base.values() for t in taken]
+    quartiles = statistics.quantiles(every, n=4)
+    rows = {}
+    for name in made:
+        ratios = [t / b for t, b in zip(times[name], base[name], strict=True)]
+        extra = [t - b for t, b in zip(times[name], base[name], strict=True)]
+        rows[name] = {
+            "ratio": statistics.median(ratios),
+            "extra_us": statistics.median(extra) * 1e6,
+            "visits": visits.get(name),
+        }
+    return {
+        "plain_ms": statistics.median(every) * 1e3,
+        "plain_iqr": (quartiles[2] - quartiles[0]) / statistics.median(every),
+        "rounds": rounds,
+        "rows": rows,
+        "failed": failed,
+    }
+
+
+class _Tiny(nn.Module):
+    """Blocks that do next to nothing, so that a visit's own price shows."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 1)
+            self.norm = nn.LayerNorm(4)
+
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            return hidden_states
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(self.Block() for _ in range(blocks))
+
+    def forward(self, hidden_states: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            hidden_states = block(hidden_states)
+        return hidden_states
+
+
+def per_visit(blocks: int = 100, rounds: int = 60) -> float:
+    """Microseconds a block visit, from the slope between a model of few and of many blocks."""
+    x, labels = torch.zeros(1, 3, 4), torch.tensor([1.0])
+
+    def price(count: int) -> float:
+        model = _Tiny(count).eval()
+        clock = [1000.0]
+
+        def once() -> None:
+            clock[0] -= 1e-3
+            model(x, torch.tensor([clock[0]]))
+
+        with torch.no_grad():
+            bare = min(timeit.repeat(once, number=1, repeat=rounds))
+            with ah.enable(model, _Blocks()):
+                once()
+                once()
+                seamed = min(timeit.repeat(once, number=1, repeat=rounds))
+        return seamed - bare
+
+    del labels
+    return (price(blocks) - price(10)) / (blocks - 10) * 1e6
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Blocks(Proceed):
+    name: ClassVar[str] = "proceed_at_blocks"
+    kinds = ("block",)
+
+
+def inert(rounds: int = 7, number: int = 50_000) -> float:
+    """Microseconds that an inert seam adds to a call."""
+    module = nn.Identity()
+    x = torch.zeros(1)
+    site = Site("block", "x", module, Port(("input",), "input"))
+    bare = min(timeit.repeat(lambda: module(x), number=number, repeat=rounds))
+    seam = Seam(None, [site])
+    seam.active = False
+    vars(module)["forward"] = seam
+    with_seam = min(timeit.repeat(lambda: module(x), number=number, repeat=rounds))
+    return (with_seam - bare) / number * 1e6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--force", action="store_true", help="write even when the machine is noisy")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(options.threads)
+    result = {
+        "inert_seam_us": inert(),
+        "visit_us": per_visit(),
+        "forward": forwards(options.rounds),
+        "machine": {"processor": platform.machine(), "threads": options.threads},
+        "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
+    }
+    print(json.dumps(result, indent=1))
+    if result["forward"]["plain_iqr"] > LIMIT_IQR and not options.force:
+        raise SystemExit("the plain model's interquartile range is over 15 %: nothing written")
+    (RESULTS / "overhead.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

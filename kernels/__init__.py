@@ -1,0 +1,1 @@
+"""The arithmetic made fast: one file an op."""

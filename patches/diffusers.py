@@ -1,0 +1,80 @@
+"""diffusers: denoisers of a pipeline, noise levels of its scheduler."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+from torch import nn
+
+from accelerate_hooks.patch import Pipeline
+from accelerate_hooks.patches.structural import StructuralPatch
+
+FIRST_ORDER = ("FlowMatchEulerDiscreteScheduler", "EulerDiscreteScheduler", "DDIMScheduler")
+DENOISERS = ("transformer", "transformer_2", "unet", "unet_2", "prior", "decoder")
+
+
+class DiffusersPatch(StructuralPatch):
+    def matches(self, model: nn.Module) -> bool:
+        return type(model).__module__.partition(".")[0] == "diffusers" or any(
+            base.__module__.startswith("diffusers.") for base in type(model).__mro__
+        )
+
+    def noise(self, scheduler: Any) -> list[tuple[float, float]]:
+        """Flow matching: ``alpha = 1 - sigma``. Otherwise the model sees a sample of variance one:
+        ``alpha = sqrt(alphas_cumprod[t])``, or ``1 / sqrt(1 + s^2)`` for a scheduler in Karras'
+        ``s = sigma / alpha``."""
+        sigmas = getattr(scheduler, "sigmas", None)
+        products = getattr(scheduler, "alphas_cumprod", None)
+        steps = len(scheduler.timesteps)
+        if self.prediction(scheduler) == "velocity" and sigmas is not None:
+            return [(1.0 - s, s) for s in _floats(sigmas)[:steps]]
+        if sigmas is not None and len(sigmas) >= steps:
+            return [(1 / math.hypot(1, s), s / math.hypot(1, s)) for s in _floats(sigmas)[:steps]]
+        if products is None:
+            return []
+        kept = [_floats(products)[round(t)] for t in _floats(scheduler.timesteps)]
+        return [(math.sqrt(p), math.sqrt(1.0 - p)) for p in kept]
+
+    def strides(self, scheduler: Any) -> list[float]:
+        """Euler on a flow: ``x += (sigma' - sigma) v``. DDIM and Euler on noise predictions:
+        ``x / alpha += (sigma' / alpha' - sigma / alpha) epsilon``."""
+        config = scheduler.config
+        if type(scheduler).__name__ not in FIRST_ORDER or config.get("stochastic_sampling"):
+            return []
+        levels = [*self.noise(scheduler), (1.0, 0.0)]
+        kind = self.prediction(scheduler)
+        if kind == "velocity":
+            return [b[1] - a[1] for a, b in itertools.pairwise(levels)]
+        if kind == "epsilon" and all(alpha > 0 for alpha, _ in levels):
+            ratios = [sigma / alpha for alpha, sigma in levels]
+            return [b - a for a, b in itertools.pairwise(ratios)]
+        return []
+
+    def prediction(self, scheduler: Any) -> str | None:
+        config = scheduler.config
+        kind = config.get("prediction_type")
+        if "FlowMatch" in type(scheduler).__name__ or config.get("use_flow_sigmas"):
+            return "velocity"
+        return {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}.get(kind)
+
+
+def _floats(values: Any) -> list[float]:
+    return [float(v) for v in values.tolist()]
+
+
+def pipeline_of(target: Any) -> Pipeline | None:
+    """The denoisers and the scheduler of a ``DiffusionPipeline``; None for anything else."""
+    if not hasattr(target, "components") or not hasattr(target, "scheduler"):
+        return None
+    models = {
+        name: part
+        for name in DENOISERS
+        if isinstance(part := getattr(target, name, None), nn.Module)
+    }
+    if not models:
+        return None
+    scheduler = target.scheduler
+    usable = hasattr(scheduler, "set_timesteps") and hasattr(scheduler, "step")
+    return Pipeline(models, scheduler if usable else None)

@@ -1,0 +1,5 @@
+"""What work may be skipped, reused, merged or approximated: one file a policy."""
+
+from accelerate_hooks.policies.lazy_step import LazyStep
+
+__all__ = ["LazyStep"]

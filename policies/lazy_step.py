@@ -1,0 +1,449 @@
+"""LazyStep: leave work out of a denoising step and predict what it would have given."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+
+from accelerate_hooks.artifact import Artifact
+from accelerate_hooks.call import Call
+from accelerate_hooks.errors import ArtifactError, SpecError, UnsupportedModelError
+from accelerate_hooks.history import History, Values, relative_error
+from accelerate_hooks.opaque import opaque_functions
+from accelerate_hooks.policies._pace import Board, Freshness, Pace, State, minus, plus
+from accelerate_hooks.policies._quantity import mixing
+from accelerate_hooks.policy import Decides, Policy
+from accelerate_hooks.site import Effect, Kind, Site
+
+Scope = Literal["model", "stack", "site"]
+Predictor = Literal["hold", "linear", "taylor2", "taylor3"]
+Criterion = Literal["cadence", "change", "error", "gates"]
+
+_ORDER = {"hold": 0, "linear": 1, "taylor2": 2, "taylor3": 3}
+_MOST_CORRECTION = 4.0
+_PRESETS: dict[str, dict[str, Any]] = {
+    "safe": {"tolerance": 0.02, "threshold": 0.04, "every": 2, "max_age": 2},
+    "balanced": {"tolerance": 0.03, "threshold": 0.08, "every": 3, "max_age": 8},
+    "fast": {"tolerance": 0.05, "threshold": 0.12, "every": 4, "max_age": 12},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LazyStep(Policy):
+    """Reuse across denoising steps: compute some, predict the others from them.
+
+    scope: ``"model"`` leaves the whole model out of a step; ``"stack"`` computes the first block
+        and leaves out the rest of the stack; ``"site"`` decides for attention and MLP each by
+        itself (for the block where these are no modules).
+    predictor: ``"hold"`` the last value, ``"linear"``, ``"taylor2"``, ``"taylor3"``: the polynomial
+        through the last 1 to 4 computed values at their true distances in time.
+    criterion: ``"cadence"`` computes every ``every``-th step and reads nothing; ``"change"`` skips
+        while the relative change of the decision tensor, accumulated since the last computed step,
+        is under ``threshold``; ``"error"`` measures at each computed step what the prediction would
+        have been off by, and skips while the error foretold from that is under ``tolerance``;
+        ``"gates"`` asks learned gates (``fit``).
+    time: the predictor's axis, the scheduler's ``"sigma"`` or its ``"log_snr"``, else step numbers.
+    quantity: predict the model's ``"output"``, or convert it to the ``"clean"`` sample or the
+        ``"noise"`` and back (scope ``"model"`` with a known scheduler).
+    tolerance, threshold, every, max_age: by ``preset`` where not given; ``max_age`` bounds the
+        steps that in a row go without computing.
+    warmup, cooldown: the first and last steps, always computed.
+    corrector: at the next computed step, take back what the skipped ones were off by, as far as
+        that step shows (scope ``"model"``, first-order solvers such as Euler and DDIM).
+    metric: how ``"change"`` is measured, relative ``"l1"`` distance or ``"cosine"`` distance.
+    lagged: decide all sites of a step from what the step before showed, with one host read a
+        forward instead of one a site (scope ``"site"``, criterion ``"change"`` or ``"error"``).
+    max_cache_bytes: above it the cached values are dropped and the step is computed.
+
+    Source: LazyDiT (arXiv 2412.12444) for gates and reuse; the error control is that of an adaptive
+    ODE solver.
+    """
+
+    name: ClassVar[str] = "lazy_step"
+
+    preset: Literal["safe", "balanced", "fast"] = "balanced"
+    scope: Scope = "model"
+    predictor: Predictor = "linear"
+    criterion: Criterion = "error"
+    time: Literal["sigma", "log_snr", "index"] = "log_snr"
+    quantity: Literal["output", "clean", "noise"] = "output"
+    metric: Literal["l1", "cosine"] = "l1"
+    tolerance: float | None = None
+    threshold: float | None = None
+    every: int | None = None
+    max_age: int | None = None
+    warmup: int = 3
+    cooldown: int = 2
+    corrector: bool = True
+    lagged: bool = False
+    max_cache_bytes: int | None = None
+    artifact: Artifact | None = None
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            wanted = f"one of {', '.join(map(repr, allowed))}"
+            self.require(name, getattr(self, name) in allowed, wanted)
+        for name in ("tolerance", "threshold"):
+            value = getattr(self, name)
+            ok = value is None or (math.isfinite(value) and value >= 0)
+            self.require(name, ok, "a finite number of at least 0")
+        if self.criterion == "gates" and self.threshold is not None:
+            self.require("threshold", 0.0 < self.threshold < 1.0, "a number between 0 and 1")
+        self.require("every", self.every is None or self.every >= 1, "an integer of at least 1")
+        self.require("max_age", self.max_age is None or self.max_age >= 0, "an integer >= 0")
+        self.require("warmup", self.warmup >= 0, "an integer >= 0")
+        self.require("cooldown", self.cooldown >= 0, "an integer >= 0")
+        ok = self.max_cache_bytes is None or self.max_cache_bytes > 0
+        self.require("max_cache_bytes", ok, "a positive number of bytes")
+        ok = self.criterion != "gates" or self.scope == "site"
+        self.require("scope", ok, "scope='site': criterion='gates' has one gate a site")
+        ok = self.scope == "site" and self.criterion in ("change", "error")
+        wanted = "False, or scope='site' and criterion='change' or 'error' with it"
+        self.require("lagged", ok or not self.lagged, wanted)
+
+    # -- settings ----------------------------------------------------------------------------
+
+    def setting(self, name: str) -> Any:
+        """A setting, from the preset where it was not given."""
+        value = getattr(self, name)
+        return _PRESETS[self.preset][name] if value is None else value
+
+    @classmethod
+    def exact(cls) -> Self:
+        return cls(max_age=0)
+
+    @classmethod
+    def example(cls) -> Self:
+        return cls(criterion="cadence", every=2, predictor="hold", warmup=1, cooldown=0)
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        if self.scope == "model":
+            return ("model",)
+        return ("block",) if self.scope == "stack" else ("attention", "mlp", "block")
+
+    @property
+    def decides(self) -> Decides:
+        if self.criterion == "cadence":
+            return "ahead"
+        return "step" if self.scope != "site" or self.lagged else "site"
+
+    def acts(self, site: Site) -> frozenset[Effect]:
+        if self.scope == "site":
+            whole = not {"attention", "mlp"} <= site.parts
+            if whole != (site.kind == "block"):
+                return frozenset()
+        return frozenset({Effect.SKIP})
+
+    def check(self, session: Any) -> list[str]:
+        if not any(root.denoises for root in session.roots):
+            names = ", ".join(type(root.model).__name__ for root in session.roots)
+            raise UnsupportedModelError(
+                f"{names} takes no timestep, and lazy_step reuses what was computed at earlier "
+                "denoising steps; give it a diffusion model or pipeline"
+            )
+        if self.criterion != "gates":
+            return []
+        if self.artifact is None:
+            raise ArtifactError(
+                "lazy_step: criterion='gates' needs an artifact; make one with "
+                "LazyStep(scope='site', criterion='gates').fit(pipe, data, target=0.4)"
+            )
+        for root in session.roots:
+            self.artifact.check(policy=self.name, model=root.model)
+        return []
+
+    def fit(
+        self,
+        model: Any,
+        data: Any,
+        *,
+        target: float | None = 0.4,
+        resume: str | None = None,
+        progress: bool = True,
+        iterations: int = 600,
+    ) -> Self:
+        """Train the gates of ``model``, a denoising pipeline, its weights frozen.
+
+        data: keyword arguments of a few calls of the pipeline (``[{"prompt": ...}, ...]``), all
+            with one number of steps, which is the number that the gates are good for.
+        target: share of (site, step, row) visits to reuse.
+        resume: a file that keeps the state, so that a killed training goes on from there.
+
+        Returns a policy with an artifact; ``artifact.save(path)`` keeps it.
+        """
+        from accelerate_hooks.policies import _gates
+
+        share = 0.4 if target is None else target
+        if not 0.0 < share < 1.0:
+            raise SpecError(f"lazy_step: target={target!r} is out of range; give 0 < target < 1")
+        mould = replace(self, scope="site", criterion="gates", lagged=False, artifact=None)
+        weights, seen = _gates.train(
+            mould, model, data, target=share, iterations=iterations, warmup=self.warmup,
+            order=_ORDER[self.predictor], resume=resume, progress=progress,
+        )  # fmt: skip
+        steps = len(next(iter(weights.values())))
+        artifact = Artifact.create(
+            weights,
+            policy=self.name,
+            model=_gates.model_of(model),
+            steps=steps,
+            scheduler=type(model.scheduler).__name__,
+            data=f"{seen['iteration']} iterations, target {share}",
+        )
+        return replace(mould, artifact=artifact)
+
+    # -- one visit ---------------------------------------------------------------------------
+
+    def around(self, call: Call) -> Any:
+        if call.step.phase != "denoise":
+            return call.proceed()
+        self._tell_too_few(call)
+        if self.scope == "stack":
+            return self._stack(call)
+        if self.criterion == "gates":
+            return self._gated(call)
+        return self._whole(call)
+
+    def _whole(self, call: Call) -> Any:
+        """The model, or a site: left out as a whole."""
+        state = call.slot(self._state, rows=True)
+        pace = call.slot(Pace, scope="run") if self.scope == "model" else state.pace
+        history, time = state.history, self._time(call)
+        if self.lagged:
+            boards: dict[str, Board] = call.slot(dict, scope="run")
+            boards.setdefault(call.step.branch, Board()).settle(call, pace)
+        self._decide(call, pace, (call.x,))
+        if self._can_predict(call, pace, history):
+            self._say(call, pace, history)
+            if call.step.stride is not None:
+                state.owed.append((time, call.step.stride))
+            return call.skip(*self._from(call, history.predict(time)))
+        out = call.proceed()
+        values = self._to(call, call.outputs(out))
+        corrected = self._corrected(call, state, time, values, out)
+        self._learn(call, pace, history, time, values)
+        return corrected
+
+    def _corrected(self, call: Call, state: State, time: float, values: Values, out: Any) -> Any:
+        """The computed output with what the skipped steps before it were off by.
+
+        The true value ``y`` raises the polynomial through the old ones by one order: at a skipped
+        time ``t_k`` it differs from the prediction made there by
+        ``(y - prediction) * rho_k``, ``rho_k = prod_i (t_k - t_i) / (t - t_i)``. A first-order
+        solver has added ``stride_k`` times that to the sample, so that
+        ``y + (y - prediction) * sum_k stride_k rho_k / stride`` takes it back.
+        """
+        owed, history = state.owed, state.history
+        state.owed = []
+        stride = call.step.stride
+        plain = self.scope == "model" and self.quantity == "output"
+        if not (self.corrector and owed and plain and stride and history.ready):
+            return out
+        reach = math.prod(time - t for t in history.times)
+        factor = sum(s * math.prod(k - t for t in history.times) for k, s in owed) / reach / stride
+        factor = max(-_MOST_CORRECTION, min(_MOST_CORRECTION, factor))
+        (y,), (guess,) = values, history.predict(time)
+        return call.replaced(out, torch.lerp(guess, y, 1.0 + factor))
+
+    def _stack(self, call: Call) -> Any:
+        """The blocks behind the first one: decided once a forward from what the first one adds,
+        replaced by what they added together."""
+        index, time = call.step.index, self._time(call)
+        paces: dict[str, Pace] = call.slot(dict, scope="run")
+        pace = paces.setdefault(call.step.branch, Pace())
+        if pace.step != index:
+            out = call.proceed()
+            self._decide(call, pace, minus(call.outputs(out), (call.x, call.context)))
+            return out
+        if not call.site.port.confirmed:
+            return call.proceed()  # the first forward of all: stacks are not known yet
+        states: list[State] = call.slot(list, scope="stack", rows=True)
+        if not states:
+            states.extend(self._segments(call))
+        state = next(s for s in states if s.last >= call.site.index)
+        last = call.site.index == state.last
+        if self._can_predict(call, pace, state.history):
+            if not last:
+                return call.skip()
+            self._say(call, pace, state.history)
+            return call.skip(*plus((call.x, call.context), state.history.predict(time)))
+        state.enter(index, (call.x, call.context))
+        out = call.proceed()
+        state.leave(call.outputs(out))
+        if last:
+            added = state.added(call.outputs(out))
+            if added is None:
+                state.history.clear()
+                call.note("changed in place between blocks: what these add is not known")
+            else:
+                self._learn(call, pace, state.history, time, added)
+        return out
+
+    def _segments(self, call: Call) -> Iterator[State]:
+        """One state for each unbroken run of the stack's blocks: one that ``only`` leaves out has
+        to see what those before it added."""
+        indices = [site.index for site in call.peers()]
+        for here, after in zip(indices, [*indices[1:], None], strict=True):
+            if after != here + 1:
+                yield State(_ORDER[self.predictor], last=here)
+
+    def _gated(self, call: Call) -> Any:
+        """A site whose rows are run or reused as its learned gate says: run where
+        ``sigmoid(sum_n Z_n . w) >= threshold``, 0.5 where none is given (the code's sign in
+        LazyDiT, not the paper's). Gates are trained on fresh values, so ``max_age`` counts from the
+        last step at which every site ran."""
+        state = call.slot(self._state, rows=True)
+        paces: dict[str, Freshness] = call.slot(dict, scope="run")
+        fresh = paces.setdefault(call.step.branch, Freshness())
+        history, index, time = state.history, call.step.index, self._time(call)
+        weight = self._gate(call)
+        may = self._in_window(call) and fresh.age(index) <= self.setting("max_age")
+        if weight is None or not history.ready or not may:
+            out = call.proceed()
+            history.add(index, time, _present(call.outputs(out)))
+            return out
+        logits = torch.einsum("b...d,d->b", call.x.float(), weight)
+        share = 0.5 if self.threshold is None else self.threshold
+        bound = math.log(share / (1.0 - share))
+        rows = [not logit < bound for logit in call.read_rows(logits)]  # a NaN is run
+        guess = history.predict(time)
+        fresh.reused = fresh.reused or not all(rows)
+        if not any(rows):
+            self._say(call, state.pace, history)
+            return call.skip(*guess)
+        out = call.proceed(rows=rows, rest=guess)
+        # A reused row joins the history as predicted: for "hold" the same as leaving it out, for
+        # the others its next line goes through that point too.
+        history.add(index, time, _present(call.outputs(out)))
+        return out
+
+    # -- decisions ---------------------------------------------------------------------------
+
+    def _state(self) -> State:
+        return State(_ORDER[self.predictor])
+
+    def _gate(self, call: Call) -> torch.Tensor | None:
+        """The gate of this site and step, None where it has none."""
+        artifact, step = self.artifact, call.step
+        if artifact is None or call.site.name not in artifact.tensors:
+            return None
+        weights = artifact.tensors[call.site.name]
+        if step.total is not None and step.total != len(weights):
+            raise ArtifactError(
+                f"lazy_step: these gates were fitted for {len(weights)} steps, this run has "
+                f"{step.total}; fit again, or generate with num_inference_steps={len(weights)}"
+            )
+        return weights[step.index].to(call.x.device) if step.index < len(weights) else None
+
+    def _in_window(self, call: Call) -> bool:
+        step = call.step
+        if step.run.ambiguous is not None or step.index < self.warmup:
+            return False
+        return step.total is None or step.index < step.total - self.cooldown
+
+    def _tell_too_few(self, call: Call) -> None:
+        """At the first step: say it if none of the steps there are can be left out."""
+        total = call.step.total
+        if call.step.index or total is None or self.setting("max_age") == 0:
+            return
+        first = max(self.warmup, _ORDER[self.predictor] + 1 + (self.criterion == "error"))
+        if total - self.cooldown <= first:
+            call.inert(
+                f"lazy_step: {total} steps are too few, all are computed: the first {first} and "
+                f"the last {self.cooldown} always are (warmup={self.warmup}, predictor="
+                f"{self.predictor!r}, criterion={self.criterion!r}, cooldown={self.cooldown})"
+            )
+
+    def _decide(self, call: Call, pace: Pace, seen: Values) -> None:
+        """Settle, once a step, whether it is left out. ``seen`` is the decision tensor: the input
+        of the model or site, what the first block adds in a stack."""
+        if pace.step == call.step.index:
+            return
+        pace.enter(call.step.index)
+        watches = self.criterion == "change"
+        if watches and not self.lagged:
+            pace.watch(seen, self.metric)
+        ready = pace.computed > _ORDER[self.predictor] and 0 < pace.age <= self.setting("max_age")
+        pace.skip = ready and self._in_window(call) and self._within(call, pace)
+        if not pace.skip:
+            pace.restart()
+        if watches and self.lagged:
+            pace.watch(seen, self.metric)
+
+    def _within(self, call: Call, pace: Pace) -> bool:
+        """Does the criterion allow this step to be left out?"""
+        if self.criterion == "cadence":
+            return pace.age < self.setting("every")
+        if not self.lagged:
+            pace.read(call)
+        if self.criterion == "change":
+            return pace.change_since(self.lagged) < self.setting("threshold")
+        return pace.age < pace.choose_span(self.setting("tolerance"), _ORDER[self.predictor])
+
+    def _can_predict(self, call: Call, pace: Pace, history: History) -> bool:
+        """A branch or stack that was missing when the others were computed is not predicted."""
+        return pace.skip and history.ready and 0 < history.age(call.step.index) <= pace.age
+
+    def _learn(self, call: Call, pace: Pace, history: History, time: float, values: Values) -> None:
+        """Keep what was computed, and what the prediction of it would have been off by."""
+        measures = self.criterion == "error" and not pace.skip
+        if measures and history.ready and time not in history.times:
+            pace.measured.append(relative_error(history.predict(time), values))
+        history.add(call.step.index, time, values)
+
+    def _say(self, call: Call, pace: Pace, history: History) -> None:
+        age = float(history.age(call.step.index))
+        if self.criterion in ("error", "change"):
+            call.note(self.criterion, age=age, estimate=pace.expected)
+        else:
+            call.note(self.criterion, age=age)
+
+    # -- times and quantities ----------------------------------------------------------------
+
+    def _time(self, call: Call) -> float:
+        """The host time of the step on the chosen axis, scaled to the order of one."""
+        step = call.step
+        if self.time == "index" or (step.noise is None and step.time is None):
+            return float(step.index) / (step.total or 50)
+        if step.noise is None:
+            return step.time / 1000.0  # type: ignore[operator]
+        alpha, sigma = step.noise
+        if self.time == "sigma":
+            return sigma
+        return math.log(max(alpha, 1e-3) / max(sigma, 1e-3))
+
+    def _to(self, call: Call, out: tuple[torch.Tensor, torch.Tensor | None]) -> Values:
+        """What is predicted, from what the model gave."""
+        if self.scope != "model" or self.quantity == "output":
+            return _present(out)
+        a, b = mixing(call.step, self.quantity)
+        return (torch.add(out[0] * b, call.x, alpha=a),)
+
+    def _from(self, call: Call, values: Values) -> Values:
+        if self.scope != "model" or self.quantity == "output":
+            return values
+        a, b = mixing(call.step, self.quantity)
+        return (torch.sub(values[0], call.x, alpha=a) / b,)
+
+
+def _present(values: tuple[torch.Tensor, torch.Tensor | None]) -> Values:
+    return tuple(v for v in values if v is not None)
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "preset": tuple(_PRESETS),
+    "scope": ("model", "stack", "site"),
+    "predictor": tuple(_ORDER),
+    "criterion": ("cadence", "change", "error", "gates"),
+    "time": ("sigma", "log_snr", "index"),
+    "quantity": ("output", "clean", "noise"),
+    "metric": ("l1", "cosine"),
+}
+
+
+opaque_functions(globals())

@@ -1,0 +1,210 @@
+"""What users get wrong: an error of our tree or the documented behaviour, and a model left as it
+was."""
+
+import contract
+import pytest
+import torch
+from diffusers import (
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
+)
+from tiny_models import TINY
+from torch import nn
+
+import accelerate_hooks as ah
+from accelerate_hooks import LazyStep, enable
+from accelerate_hooks.errors import (
+    AccelerateHooksError,
+    AlreadyEnabledError,
+    ArtifactError,
+    SpecError,
+    UnsupportedModelError,
+)
+
+FLUX = TINY["flux"]
+
+
+class Pipe(DiffusionPipeline):
+    def __init__(
+        self, transformer: FluxTransformer2DModel, scheduler: FlowMatchEulerDiscreteScheduler
+    ):
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler)
+
+    def __call__(self, steps):
+        self.scheduler.set_timesteps(steps)
+        given = FLUX.inputs(2)
+        x = given.pop("hidden_states")
+        with torch.no_grad():
+            for t in self.scheduler.timesteps:
+                given["timestep"] = t.expand(2) / 1000
+                out = self.transformer(hidden_states=x, **given)[0]
+                x = self.scheduler.step(out, t, x, return_dict=False)[0]
+        return x
+
+
+@pytest.fixture
+def model():
+    return FLUX.build()
+
+
+@pytest.fixture
+def pipe(model):
+    return Pipe(model, FlowMatchEulerDiscreteScheduler())
+
+
+def state(model):
+    return {path: dict(vars(module)) for path, module in model.named_modules()}
+
+
+@pytest.mark.parametrize(
+    ("policy", "error", "named"),
+    [
+        ("lazzy_step", SpecError, "lazzy_step"),
+        ("lazy_step:treshold=0.1", SpecError, "treshold"),
+        ("lazy_step:tolerance=-1", SpecError, "tolerance"),
+        ("lazy_step:every=zero", SpecError, "every"),
+        ("lazy_step:scope=everything", SpecError, "scope"),
+        ("", SpecError, ""),
+        (LazyStep, SpecError, "LazyStep()"),
+        (None, SpecError, "NoneType"),
+        (3, SpecError, "int"),
+        ([], SpecError, ""),
+        ("no such file.json", ArtifactError, "no such file.json"),
+    ],
+)
+def test_a_wrong_policy(model, policy, error, named):
+    before = state(model)
+    with pytest.raises(error) as raised:
+        enable(model, policy)
+    assert named in str(raised.value)
+    assert isinstance(raised.value, AccelerateHooksError)
+    assert state(model) == before
+
+
+def test_a_value_out_of_range_is_told_when_the_policy_is_built():
+    with pytest.raises(SpecError, match="tolerance=nan"):
+        LazyStep(tolerance=float("nan"))
+
+
+@pytest.mark.parametrize("target", [None, 3, "model", torch.zeros(1), object(), nn.Linear])
+def test_something_that_is_no_model(target):
+    with pytest.raises(UnsupportedModelError, match=r"nn\.Module"):
+        enable(target, LazyStep())
+
+
+def test_a_model_without_sites():
+    with pytest.raises(UnsupportedModelError, match="block"):
+        enable(nn.Linear(2, 2), contract.BlockSkip())
+
+
+def test_only_is_a_glob(model):
+    before = state(model)
+    with pytest.raises(UnsupportedModelError, match="nothing like it"):
+        enable(model, contract.BlockReuse(), only="nothing like it")
+    assert state(model) == before
+    with enable(model, contract.BlockReuse(), only="transformer_blocks.[12]") as session:
+        assert [s.path for s in session.sites] == ["transformer_blocks.1", "transformer_blocks.2"]
+        contract.outputs(model, FLUX.inputs(2))
+        assert all(session.record(site).skipped for site in session.sites)
+        skipped = {r.site.path for r in session.records.values() if r.skipped}
+        assert skipped == {"transformer_blocks.1", "transformer_blocks.2"}
+
+
+def test_not_strict_is_noted(model):
+    plain = contract.outputs(model, FLUX.inputs(2), 2)
+    with enable(model, contract.BlockReuse(), only="nowhere", strict=False) as session:
+        assert contract.equal(contract.outputs(model, FLUX.inputs(2), 2), plain)
+        assert any("block_reuse" in note and "nowhere" in note for note in session.notes)
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        lambda m: m,
+        lambda m: m.transformer_blocks[0],
+        lambda m: nn.ModuleDict({"inner": m}),
+        lambda m: Pipe(m, FlowMatchEulerDiscreteScheduler()),
+        lambda m: Pipe.from_pipe(Pipe(m, FlowMatchEulerDiscreteScheduler())),
+    ],
+    ids=["itself", "a part", "a parent", "a pipeline", "from_pipe"],
+)
+def test_a_second_enable(model, second):
+    with enable(model, contract.BlockReuse()) as session:
+        before = state(model)
+        with pytest.raises(AlreadyEnabledError, match=r"block_reuse.*disable"):
+            enable(second(model), contract.BlockReuse())
+        assert state(model) == before
+        assert session.active
+        assert ah.active(second(model)) is session
+    assert ah.active(model) is None
+    with enable(second(model), contract.BlockReuse(), only="*", strict=False):
+        pass
+
+
+def test_a_pipe_that_shares_the_transformer(pipe):
+    other = Pipe.from_pipe(pipe)
+    assert other.transformer is pipe.transformer
+    with enable(pipe, LazyStep.example()) as session:
+        with pytest.raises(AlreadyEnabledError):
+            enable(other, LazyStep())
+        assert ah.active(other) is session
+        ah.disable(other)
+        assert not session.active
+    with enable(other, LazyStep()):
+        assert ah.active(pipe) is not None
+
+
+def test_the_environment_switches_us_off(model, monkeypatch):
+    before = state(model)
+    monkeypatch.setenv("ACCELERATE_HOOKS", "0")
+    with enable(model, LazyStep.example()) as session:
+        assert not session.active
+        assert state(model) == before
+        assert any("ACCELERATE_HOOKS=0" in note for note in session.notes)
+        assert "ACCELERATE_HOOKS=0" in str(session.report())
+    with pytest.raises(SpecError):
+        enable(model, "no_such_policy")
+
+
+def test_a_generation_that_raises(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    plain = pipe(6)
+    with enable(pipe, LazyStep.example()):
+        expected = pipe(6)
+    assert not torch.equal(plain, expected)
+
+    def bomb(*_):
+        raise RuntimeError("half-way")
+
+    with enable(pipe, LazyStep.example()) as session:
+        handle = pipe.transformer.proj_out.register_forward_pre_hook(
+            lambda *_: bomb() if session.forwards == 3 else None
+        )
+        with pytest.raises(RuntimeError, match="half-way"):
+            pipe(6)
+        handle.remove()
+        assert not contract.cached(session)
+        assert torch.equal(pipe(6), expected)
+    assert torch.equal(pipe(6), plain)
+
+
+def test_nan_inside(model):
+    """NaN goes through as it would in the plain model, and is gone with its run."""
+    given = FLUX.inputs(2)
+    good = contract._fresh(model, given, LazyStep.example())
+    broken = {**given, "hidden_states": given["hidden_states"] * float("nan")}
+    with enable(model, LazyStep.example()):
+        out = contract.outputs(model, broken)
+        assert all(t.isnan().any() for step in out for t in step)
+        assert contract.equal(contract.outputs(model, FLUX.inputs(2)), good)
+
+
+@pytest.mark.parametrize("criterion", ["error", "change"])
+def test_nan_is_never_a_reason_to_skip(model, criterion):
+    given = FLUX.inputs(2)
+    broken = {**given, "hidden_states": given["hidden_states"] * float("nan")}
+    with enable(model, LazyStep(criterion=criterion, warmup=1)) as session:
+        contract.outputs(model, broken)
+    assert not session.skips

@@ -1,0 +1,271 @@
+"""Which run and branch a forward belongs to: the patterns of real loops, four of them limits."""
+
+import gc
+import threading
+import weakref
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from tiny_models import TINY
+
+import accelerate_hooks as ah
+from accelerate_hooks.policies import LazyStep
+
+TIMES = [900, 700, 500, 300, 100]
+SMALL, LARGE = (2, 4, 8, 8), (2, 4, 16, 16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watch(ah.Policy):
+    """Sees every forward and does nothing."""
+
+    name: ClassVar[str] = "watch"
+    kinds = ("model",)
+
+    def acts(self, site):
+        return frozenset({ah.Effect.OBSERVE})
+
+    def around(self, call):
+        SEEN.append((call.step.run.number, call.step.index, call.step.branch))
+        return call.proceed()
+
+
+SEEN: list[tuple[int, int, str]] = []
+
+
+@pytest.fixture(scope="module")
+def model():
+    return TINY["dit"].build()
+
+
+@pytest.fixture
+def watched(model):
+    SEEN.clear()
+    with ah.enable(model, Watch()):
+        yield model
+
+
+def step(model, time, shape=SMALL, labels=None, x=None):
+    labels = torch.tensor([1, 2]) if labels is None else labels
+    x = torch.zeros(shape) if x is None else x
+    if not isinstance(time, torch.Tensor):
+        time = torch.tensor([time] * shape[0])
+    with torch.no_grad():
+        return model(x, time, class_labels=labels, return_dict=False)[0]
+
+
+def runs():
+    return len({number for number, _, _ in SEEN})
+
+
+def branches():
+    return [branch for _, _, branch in SEEN]
+
+
+def generate(model, times, labels, shape=SMALL):
+    for time in times:
+        step(model, time, shape, labels)
+
+
+def two_prompts():
+    return torch.tensor([1, 2]), torch.tensor([3, 4])
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "shapes"),
+    [
+        (TIMES, TIMES, (SMALL, SMALL)),
+        (TIMES[::-1], TIMES, (SMALL, SMALL)),  # inversion, then sampling
+        (TIMES, TIMES, (SMALL, LARGE)),  # a refiner at another size
+        (TIMES[3:], TIMES[3:], (SMALL, SMALL)),  # the low-noise expert sees the tail only
+        (TIMES[:2], TIMES[2:], (SMALL, SMALL)),  # aborted, then image-to-image from the middle
+        (TIMES[:1], TIMES, (SMALL, SMALL)),  # aborted at its first step
+        ([999], [999], (SMALL, SMALL)),  # one-step generations
+    ],
+)
+def test_two_generations_are_two_runs(watched, first, second, shapes):
+    a, b = two_prompts()
+    generate(watched, first, a, shapes[0])
+    if len(first) == 1:
+        step(watched, first[0], shapes[0], b)  # the same timestep for another prompt: a branch
+        SEEN.pop()
+    generate(watched, second, b, shapes[1])
+    states = [(number, branch) for number, _, branch in SEEN]
+    assert not set(states[: len(first)]) & set(states[len(first) :])
+
+
+def test_one_generation_is_one_run(watched):
+    generate(watched, TIMES, torch.tensor([1, 2]))
+    assert [(index, branch) for _, index, branch in SEEN] == [(i, "branch 0") for i in range(5)]
+    assert runs() == 1
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_sequential_branches_are_told_by_their_conditioning(watched, count):
+    given = [torch.tensor([i, i]) for i in range(count)]
+    for time in TIMES:
+        for labels in given:
+            step(watched, time, labels=labels)
+    assert runs() == 1
+    assert branches() == [f"branch {i}" for i in range(count)] * len(TIMES)
+
+
+def test_a_guidance_interval_drops_a_branch(watched):
+    cond, uncond = two_prompts()
+    prompts = []
+    for time in [900, 800, 700, 600, 500, 400, 300]:
+        for labels in (uncond, cond) if time in (700, 600, 500) else (cond,):
+            step(watched, time, labels=labels)
+            prompts.append(labels is cond)
+    states = [(number, branch) for number, _, branch in SEEN]
+    of_cond = {s for s, is_cond in zip(states, prompts, strict=True) if is_cond}
+    assert not of_cond & {s for s, is_cond in zip(states, prompts, strict=True) if not is_cond}
+    # The unknown prompt that turns up first at 700 starts one clean run; from there on it is one.
+    assert len({number for number, _ in states[2:]}) == 1 and len(set(states[2:])) == 2
+
+
+def test_recomputed_embeddings_fall_back_to_the_ordinal(watched):
+    for time in [900, 800, 700, 600, 500, 400]:
+        for label in (1, 2):
+            step(watched, time, labels=torch.tensor([label, label]))
+    settled = [(number, branch) for number, index, branch in SEEN[-6:]]
+    assert len({number for number, _ in settled}) == 1
+    assert [branch for _, branch in settled] == ["call 0", "call 1"] * 3
+
+
+def test_recomputed_embeddings_and_a_dropped_branch_are_ambiguous(watched):
+    session = ah.active(watched)
+    for i, time in enumerate([900, 800, 700, 600, 500, 400, 300]):
+        for label in (1, 2)[: 1 if i == 5 else 2]:
+            step(watched, time, labels=torch.tensor([label, label]))
+    root = session.roots[0]
+    run = root.recogniser._trail.get().run
+    assert run.ambiguous is not None and "cache_context" in run.ambiguous
+
+
+def test_a_schedule_view_tells_the_step_of_a_two_stage_solver(watched):
+    labels = torch.tensor([1, 2])
+    timesteps = torch.tensor([900, 700, 700, 500, 500])
+    for time in timesteps:
+        step(watched, time.expand(2), labels=labels)
+    assert [index for _, index, _ in SEEN] == [0, 1, 2, 3, 4] and runs() == 1
+    other = timesteps.clone()
+    for time in other[2:]:
+        step(watched, time.expand(2), labels=labels)
+    assert runs() == 2
+
+
+def test_a_prompt_changed_in_place_is_another_prompt(watched):
+    labels = torch.tensor([1, 2])
+    generate(watched, TIMES[:3], labels)
+    labels.add_(1)
+    generate(watched, TIMES[3:], labels)
+    assert runs() == 2
+
+
+# -- limits: what no host signal shows; said in docs/runs.md ------------------------------------
+
+
+def test_limit_a_restart_at_a_lower_timestep_with_the_same_prompt_object(watched):
+    labels = torch.tensor([1, 2])
+    generate(watched, TIMES[:2], labels)
+    generate(watched, TIMES[2:], labels)
+    assert runs() == 1  # nothing tells; session.run() does
+    SEEN.clear()
+    for part in (TIMES[:2], TIMES[2:]):
+        with ah.active(watched).run():
+            generate(watched, part, labels)
+    assert runs() == 2
+
+
+def test_limit_a_repeated_timestep_by_value_is_a_clean_run(watched):
+    generate(watched, [900, 700, 700, 500, 500], torch.tensor([1, 2]))
+    assert runs() == 3  # a solver that evaluates twice is never reused
+
+
+def test_limit_time_that_turns_inside_a_run_is_a_clean_run(watched):
+    generate(watched, [900, 700, 500, 600, 500, 300], torch.tensor([1, 2]))
+    assert [index for _, index, _ in SEEN] == [0, 1, 2, 0, 1, 2]
+
+
+def test_limit_interleaved_generations_of_one_prompt_object_never_reuse(watched):
+    labels = torch.tensor([1, 2])
+    for time in TIMES:
+        step(watched, time, labels=labels)
+        step(watched, time, labels=labels)
+    assert all(index == 0 for _, index, _ in SEEN[1::2])
+
+
+def test_interleaved_generations_of_two_prompts_keep_apart(model):
+    def generation(labels, seed):
+        x = torch.randn(SMALL, generator=torch.Generator().manual_seed(seed))
+        for time in TIMES:
+            x = x - 0.1 * step(model, time, labels=labels, x=x)[:, :4]
+            yield x
+
+    a, b = two_prompts()
+    with ah.enable(model, LazyStep.example()):
+        alone = list(generation(a, 1))[-1]
+    with ah.enable(model, LazyStep.example()):
+        for x, _ in zip(generation(a, 1), generation(b, 2), strict=True):
+            last = x
+    assert torch.equal(alone, last)
+
+
+# -- state ends with its run ---------------------------------------------------------------------
+
+
+def loop(model, labels, seed=0, times=TIMES, shape=SMALL, stop=None):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    for i, time in enumerate(times):
+        if i == stop:
+            raise KeyboardInterrupt
+        x = x - 0.1 * step(model, time, shape, labels, x)[:, :4]
+    return x
+
+
+def test_threads_do_not_share(model):
+    prompts = [torch.tensor([i, i + 1]) for i in range(4)]
+    alone = []
+    for i, labels in enumerate(prompts):
+        with ah.enable(model, LazyStep.example()):
+            alone.append(loop(model, labels, i))
+    found = {}
+    with ah.enable(model, LazyStep.example()):
+
+        def work(i):
+            for _ in range(3):
+                found[i] = loop(model, prompts[i], i)
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert all(torch.equal(found[i], alone[i]) for i in range(4))
+
+
+def test_an_abort_leaves_nothing_behind(model):
+    labels = torch.tensor([1, 2])
+    with ah.enable(model, LazyStep.example()):
+        clean = loop(model, labels)
+    with ah.enable(model, LazyStep.example()):
+        for stop in range(1, len(TIMES)):
+            with pytest.raises(KeyboardInterrupt):
+                loop(model, labels, seed=7, stop=stop)
+            assert torch.equal(loop(model, labels), clean)
+
+
+def test_cached_tensors_die_when_the_prompt_does(model):
+    with ah.enable(model, LazyStep.example()) as session:
+        labels = torch.tensor([1, 2])
+        loop(model, labels)
+        run = session.roots[0].recogniser._trail.get().run
+        histories = [getattr(slot.value, "history", None) for slot in run.slots.values()]
+        held = [weakref.ref(v) for h in histories if h is not None for v in h.values[0]]
+        assert held and all(ref() is not None for ref in held)
+        del labels, run, histories
+        gc.collect()
+        assert all(ref() is None for ref in held)
