@@ -130,10 +130,23 @@ def proceed(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], index: to
             )
         record.remember(key, known)
         frame.note(call.site, "first reordered visit: checked against the plain one", {})
-    out = call._next(*given(known, index))
+    chosen = given(known, index)
+    out = call._next(*chosen)
     part, context = call.outputs(out)
     base = x if port.residual else x.new_zeros(*x.shape[:-1], part.shape[-1])
-    return call.replaced(out, spread(base, part, index), context)
+    out = call.replaced(out, spread(base, part, index), context)
+    return _handed_on(out, chosen, (args, kwargs))
+
+
+def _handed_on(out: Any, chosen: Any, given: Any) -> Any:
+    """Arguments that a block hands on beside x (T5's position bias), in the old order again."""
+    before = [leaf for _, leaf in tree.leaves(given)]
+    pairs = [(a, b) for (_, a), b in zip(tree.leaves(chosen), before, strict=True) if a is not b]
+
+    def old(_: tree.Path, leaf: torch.Tensor) -> torch.Tensor:
+        return next((b for a, b in pairs if leaf is a), leaf)
+
+    return tree.transform(old, out)
 
 
 def _both(call: Call, out: Any, flip: bool = False) -> list[torch.Tensor]:

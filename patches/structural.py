@@ -124,7 +124,9 @@ def _holds_experts(module: nn.Module) -> bool:
 
 
 def _projections(module: nn.Module) -> int:
-    return sum(
+    """Of its own or of a child; XLNet keeps plain matrices."""
+    own = sum(p.ndim >= 2 for p in module.parameters(recurse=False))
+    return own + sum(
         any(True for _ in child.parameters(recurse=False))
         and "norm" not in type(child).__name__.lower()
         for child in module.children()

@@ -36,8 +36,8 @@ class Narrow(Policy):
         index, weight = call.routing
         best = weight.topk(self.keep, -1)
         if self.zero:
-            least = best.values[..., -1:]
-            return call.proceed(routing=(index, weight.masked_fill(weight < least, 0)))
+            some = torch.zeros_like(weight).scatter(-1, best.indices, best.values)
+            return call.proceed(routing=(index, some))
         return call.proceed(routing=(index.gather(-1, best.indices), best.values))
 
 
