@@ -8,7 +8,7 @@ session.disable()
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate_hooks.call import Call
 from accelerate_hooks.enable import active, disable, enable
@@ -27,6 +27,9 @@ from accelerate_hooks.registry import available_policies
 from accelerate_hooks.session import InertWarning, Session
 from accelerate_hooks.site import Effect, Port, Site, TokenLayout
 from accelerate_hooks.spec import Addressed, parse
+
+if TYPE_CHECKING:
+    from accelerate_hooks.policies import LazyStep
 
 __version__ = "0.1.0"
 

@@ -62,7 +62,7 @@ class Call:
         return None
 
     @property
-    def x(self) -> torch.Tensor:
+    def x(self) -> torch.Tensor | Any:  # Any: a list of tensors of several shapes
         return tree.stacked(self.argument(self.site.port.x))
 
     @property
@@ -126,10 +126,9 @@ class Call:
     def replaced(self, out: Any, x: torch.Tensor, context: torch.Tensor | None = None) -> Any:
         """``out`` with other tensors in the places of x (and context)."""
         path, other = flow.places(self, out)
+        values: dict[tree.Path, torch.Tensor] = {path: x}
         if isinstance(tree.get(out, path), list):
             values = {(*path, i): row for i, row in enumerate(x.unbind(0))}
-        else:
-            values = {path: x}
         if context is not None and other is not None:
             values[other] = context
         return tree.put(out, values)
@@ -193,10 +192,10 @@ class Call:
         name, cache = (None, None)
         if self.site.kind in ("block", "attention"):
             name, cache = stand_in.find(self.arguments())
-        if cache is not None:
+        if name is not None:
             self._fill(name, cache)
         if x is None:
-            x = self.x if self.site.port.residual else torch.zeros_like(self._like())
+            x = self._like() if self.site.port.residual else torch.zeros_like(self._like())
         if context is None:
             context = self.context
         out = record.fill(self, x, context, given)
@@ -340,7 +339,7 @@ class Call:
         gives does not depend on the runs before it."""
         frame, copied = self._frame, {}
         name, cache = stand_in.find(self.arguments())
-        if cache is not None:
+        if name is not None:
             copied = {name: copy.deepcopy(cache)}
         changed = replace_arguments(self.site.port.parameters, self._args, self._kwargs, copied)
         args, kwargs = tree.transform(_cloned, changed)

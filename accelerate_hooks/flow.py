@@ -60,8 +60,8 @@ class Watch:
             if edges:
                 before = place
                 break
-        forms = ({path: _form(t) for path, t in leaves} for leaves in (given, produced))
-        self.visits.append(Visit(site, *forms, before, edges))
+        inputs, outputs = ({path: _form(t) for path, t in leaves} for leaves in (given, produced))
+        self.visits.append(Visit(site, inputs, outputs, before, edges))
         self._held[site.stack] = (len(self.visits) - 1, produced)
         self._latest = site.stack
 

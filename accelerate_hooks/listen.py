@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -78,7 +78,7 @@ def cache_context(session: Session) -> Any:
 
 
 @contextmanager
-def _named(session: Session, override: Any, args: Any, kwargs: Any) -> Iterator[None]:
+def _named(session: Session, override: Any, args: Any, kwargs: Any) -> Generator[None]:
     name = args[0] if args else kwargs.get("name")
     token = session.schedules.context_name.set(name)
     try:

@@ -35,7 +35,7 @@ def step_of(root: Root, schedules: Schedules, arguments: dict[str, Any]) -> Step
         schedules.explicit.get(),
     )
     moment = None if clock is None else clock.value
-    known = schedule is not None and schedule.run is run
+    known = schedule if schedule is not None and schedule.run is run else None
     return Step(
         run,
         index,
@@ -45,9 +45,9 @@ def step_of(root: Root, schedules: Schedules, arguments: dict[str, Any]) -> Step
         signal,
         timestep,
         moment,
-        noise=schedule.level() if known else None,
-        prediction=schedule.prediction if known else None,
-        stride=schedule.stride() if known else None,
+        noise=known.level() if known else None,
+        prediction=known.prediction if known else None,
+        stride=known.stride() if known else None,
     )
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextvars
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,7 +83,7 @@ class Clock:
             value = float(timestep.detach().reshape(-1)[0])
         single = timestep.numel() == 1 or all(s == 0 for s in timestep.stride())
         if single and items > 1:
-            return cls(timestep, timestep.storage_offset(), items, value)
+            return cls(timestep, int(timestep.storage_offset()), items, value)
         return cls(timestep, None, None, value)
 
     def same_schedule(self, other: Clock) -> bool:
@@ -248,12 +248,10 @@ class Recogniser:
 
     def _advance(self, trail: Trail, clock: Clock | None) -> None:
         run = trail.run
-        if (
-            clock is not None
-            and trail.clock is not None
-            and None not in (clock.value, trail.clock.value)
-        ):
-            trail.course = clock.value - trail.clock.value or trail.course
+        if clock is not None and trail.clock is not None:
+            now, before = clock.value, trail.clock.value
+            if now is not None and before is not None:
+                trail.course = now - before or trail.course
         if run.index >= 0:
             if trail.expected is not None and trail.calls != trail.expected:
                 trail.restless = max(trail.restless, 2)
@@ -388,7 +386,7 @@ class Schedules:
         )
 
     @contextmanager
-    def declared(self, total: int | None) -> Iterator[Run]:
+    def declared(self, total: int | None) -> Generator[Run]:
         run = Run(signal="session.run()", total=total)
         token = self.explicit.set(run)
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -124,13 +124,13 @@ class Session:
             root.recogniser.forget()
 
     @contextmanager
-    def run(self, total: int | None = None) -> Iterator[Run]:
+    def run(self, total: int | None = None) -> Generator[Run]:
         """Say that the forwards inside are one generation (of ``total`` steps)."""
         with self.schedules.declared(total) as run:
             yield run
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self) -> Generator[None]:
         """Inside, in this thread or task, the model computes plainly."""
         token = _PAUSED.set(True)
         try:

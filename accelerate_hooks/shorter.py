@@ -120,21 +120,21 @@ def rewrite(frame: Frame, site: Site, args: Any, kwargs: Any) -> tuple[Any, Any]
     skip = (site.port.x, site.port.context, *stand_in.NAMES)
     batch = given[site.port.x].shape[0]
     context = given.get(site.port.context) if site.port.context else None
-    keys = None
     if gaps:
         _check(site, frame, min(gap.limit for gap in gaps))
-        keys = _keys(gaps, frame.keys, given[site.port.x].device)
+    keys = _keys(gaps, frame.keys, given[site.port.x].device) if gaps else None
 
     def cut(path: tree.Path, leaf: torch.Tensor) -> torch.Tensor:
         if path[0] in skip:
             return leaf
-        masks = keys is not None and _over_keys(leaf, frame.keys, batch)
-        if masks:
+        end = leaf.ndim
+        if keys is not None and _over_keys(leaf, frame.keys, batch):
+            end -= 1
             fold = leaf.shape[0] // batch if leaf.ndim == 3 else 1
             index = keys if keys.ndim == 1 else keys.repeat_interleave(fold, 0)
-            leaf = tokens.take(leaf, leaf.ndim - 1, index)
+            leaf = tokens.take(leaf, end, index)
         for one in cuts:
-            for dim in _dims(leaf, one.length, leaf.ndim - masks):
+            for dim in _dims(leaf, one.length, end):
                 leaf = tokens.take(leaf, dim, one.keep)
         return leaf
 

@@ -214,7 +214,7 @@ def unfollow(cache: Any, run: Run) -> None:
 
 
 @cache
-def _following(base: type) -> type:
+def _following(base: Any) -> type:
     def told(name: str, change: Callable[..., None]) -> Callable[..., Any]:
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
             runs = [run for ref in vars(self)[_RUNS] if (run := ref()) is not None]
@@ -254,7 +254,7 @@ def _check_crop(run: Run, cache: Any, tokens_to_remove: int = 0, *_: Any) -> Non
         )
 
 
-def _select(run: Run, index: torch.Tensor) -> None:
+def _select(run: Run, index: Any) -> None:
     run.map_rows(lambda t: t[index.to(t.device)] if isinstance(index, torch.Tensor) else t[index])
 
 

@@ -59,7 +59,7 @@ def axes_of(
     """Every axis as long as the sequence, and those as long as it is together with ``joint``
     tokens of another stream, which stand before it or behind. A first axis counts only for a
     matrix or a vector, where it is no batch."""
-    offsets = {length: (0,)}
+    offsets: dict[int, tuple[int, ...]] = {length: (0,)}
     if joint:
         offsets[length + joint] = (joint, -joint)
     return [
@@ -106,7 +106,7 @@ def proceed(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], index: to
         chosen = [apply(a, axes, order) for a in (named, kwargs)]
         return (*chosen[0].values(), *extra), chosen[1]
 
-    context = (named | kwargs).get(port.context)
+    context = (named | kwargs).get(port.context) if port.context else None
     joint = context.shape[1] if isinstance(context, torch.Tensor) and context.ndim > 1 else 0
     axes = axes_of(named | kwargs, length, (port.x, port.context), joint)
     record = frame.session.record(call.site)
