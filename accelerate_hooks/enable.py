@@ -69,7 +69,7 @@ def enable(
     plan = _plan(roots, addressed, strict, notes)
     check_conflicts(plan)
     _refuse_ranks(roots, addressed)
-    session = Session(roots, [a.policy for a in addressed], plan, notes, audit)
+    session = Session(roots, addressed, plan, notes, audit)
     session.strict = strict
     session.scheduler = models.scheduler
     for item in addressed:
@@ -248,6 +248,6 @@ def _install(
 
 
 def _inert_session(models: Pipeline, addressed: list[Addressed]) -> Session:
-    session = Session([], [a.policy for a in addressed], {}, ["ACCELERATE_HOOKS=0: inert"])
+    session = Session([], addressed, {}, ["ACCELERATE_HOOKS=0: inert"])
     session.disable()
     return session

@@ -67,19 +67,88 @@ class History:
         """Steps since the last computed one."""
         return step - self.steps[-1] if self.steps else 0
 
-    def weights(self, time: float) -> list[float]:
-        return [
-            math.prod((time - b) / (a - b) for j, b in enumerate(self.times) if j != i)
-            for i, a in enumerate(self.times)
-        ]
-
     def reach(self, time: float) -> float:
         return math.prod(abs(time - t) for t in self.times)
 
     def predict(self, time: float) -> Values:
         return tuple(
-            combine(column, self.weights(time)) for column in zip(*self.values, strict=True)
+            combine(column, weights(self.times, time)) for column in zip(*self.values, strict=True)
         )
+
+
+class RowHistory:
+    """A `History` in which each batch row has computed values, and times, of its own."""
+
+    def __init__(self, order: int) -> None:
+        self.order = order
+        self._clear()
+
+    def _clear(self) -> None:
+        self._latest: list[int] = []  # the step of each row's last value
+        self._times: list[list[float]] = []  # by row
+        self._values: list[Values] = []
+
+    @property
+    def ready(self) -> bool:
+        return len(self._values) > self.order
+
+    def ages(self, step: int) -> list[int]:
+        """Steps since each row's last computed one."""
+        return [step - latest for latest in self._latest]
+
+    def add(
+        self, step: int, time: float, values: Values, rows: Sequence[bool] | None = None
+    ) -> None:
+        """Values of a step at which ``rows`` (all of them) were computed."""
+        batch, values = len(values[0]), tuple(v.detach() for v in values)
+        if self._values and any(
+            a.shape != b.shape or a.dtype != b.dtype or a.device != b.device
+            for a, b in zip(self._values[-1], values, strict=True)
+        ):
+            self._clear()
+        if rows is None or not self.ready:
+            self._values = [*self._values, values][-self.order - 1 :]
+            rows = [True] * batch
+        else:
+            later = [*self._values[1:], values]
+            self._values = [
+                tuple(_choose(rows, a, b) for a, b in zip(new, old, strict=True))
+                for new, old in zip(later, self._values, strict=True)
+            ]
+        self._times = self._times or [[] for _ in range(batch)]
+        self._latest = self._latest or [step] * batch
+        for row in (i for i, computed in enumerate(rows) if computed):
+            self._latest[row] = step
+            self._times[row] = [*self._times[row], time][-self.order - 1 :]
+
+    def predict(self, time: float) -> Values:
+        by_row = [weights(times, time) for times in self._times]
+        columns = zip(*self._values, strict=True)
+        if all(w == by_row[0] for w in by_row):
+            return tuple(combine(column, by_row[0]) for column in columns)
+        each = torch.tensor(by_row).unbind(1)
+        return tuple(
+            torch.stack([v * _column(w, v) for v, w in zip(c, each, strict=True)]).sum(0)
+            for c in columns
+        )
+
+
+def _choose(rows: Sequence[bool], a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.where(_column(torch.tensor(rows), a), a, b)
+
+
+def _column(vector: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A vector over rows, to choose among or multiply the rows of a tensor."""
+    dtype = vector.dtype if vector.dtype == torch.bool else like.dtype
+    return vector.to(like.device, dtype).reshape(-1, *[1] * (like.ndim - 1))
+
+
+def weights(times: Sequence[float], time: float) -> list[float]:
+    """Those of the values at ``times`` in the polynomial through them, at ``time``."""
+    return [
+        math.prod((time - b) / (a - b) for j, b in enumerate(times) if j != i)
+        for i, a in enumerate(times)
+    ]
 
 
 def combine(values: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:

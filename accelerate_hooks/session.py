@@ -6,7 +6,7 @@ import contextvars
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -30,6 +30,9 @@ from accelerate_hooks.site import Site
 from accelerate_hooks.tally import Tally
 from accelerate_hooks.trace import Trace
 
+if TYPE_CHECKING:
+    from accelerate_hooks.recipe import Addressed
+
 _PAUSED: contextvars.ContextVar[bool] = contextvars.ContextVar("paused", default=False)
 _SHAPES_COUNTED = 16
 _COUNTED_IN_PART = 8  # forwards in which something was left out while FLOPs were counted
@@ -45,12 +48,13 @@ class Session:
     def __init__(
         self,
         roots: list[Root],
-        policies: list[Policy],
+        addressed: list[Addressed],
         plan: dict[Site, list[tuple[int, Policy]]],
         notes: list[str],
         audit: int | None = None,
     ) -> None:
-        self.policies = policies
+        self.addressed = addressed
+        self.policies = policies = [item.policy for item in addressed]
         self.notes = notes
         self.strict = True
         self.trace = Trace()
@@ -144,9 +148,10 @@ class Session:
         return Report.of(self, run)
 
     def save_recipe(self, path: str) -> None:
-        from accelerate_hooks.spec import Addressed, save_recipe
+        """Write the policies, and where they act, to a recipe that `enable` takes by its path."""
+        from accelerate_hooks.recipe import save_recipe
 
-        save_recipe(path, [Addressed(policy, None) for policy in self.policies])
+        save_recipe(path, self.addressed)
 
     # -- the runtime's side ------------------------------------------------------------------
 

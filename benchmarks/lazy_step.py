@@ -46,7 +46,6 @@ LAZY_STEP: tuple[Setting, ...] = (
         {"criterion": "cadence", "every": n, "max_age": n, "warmup": w}
         for n, w in ((2, 17), (2, 8), (2, 3), (3, 3), (4, 3), (6, 3))
     ),
-    *({"criterion": "change", "threshold": 0.06, "predictor": p} for p in ("linear", "taylor2")),
     {"tolerance": 0.04, "max_age": 12},
 )
 """What is compared; at most 12."""

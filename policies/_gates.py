@@ -1,20 +1,30 @@
-"""Training of LazyStep's gates: one weight vector a site and step, the backbone frozen.
+"""Fitting of LazyStep's gates: one weight vector a site and step, the backbone frozen.
 
-    s = sigmoid(sum_n Z_n . w)                      (s: run; 1 - s: reuse)
-    out = s * F(Z) + (1 - s) * prediction from the steps before
-    loss = ||model(out) - model||^2 / ||model||^2 + rho * mean over sites and rows of s
+    reuse where  sigmoid(sum_n Z_n . w) < 1/2      (LazyDiT's gate, the sign of its code)
 
-as in LazyDiT (arXiv 2412.12444; code's sign). Like there, one pair of steps is simulated, not a
-rollout. Unlike there, ``rho`` is no setting. The error grows as ``c (1 - s)^2``, so that its
-balance with the penalty stands at ``s = 1/2`` where ``c = rho / sites``: with ``rho`` at the
-target's quantile of all ``c`` (estimated as ``-d error / ds / (2 (1 - s))``), that share of sites
-and steps is reused.
+LazyDiT (arXiv 2412.12444) trains them by one pair of steps, each site's loss by itself. But what
+reuse is off by carries a sign: along a smooth path the errors of a regular pattern cancel, and a
+pattern of the sites that are cheapest one by one loses to every second step (measured). So the loss
+here is that of the final sample ``x``, to first order in what each reuse is off by:
+
+    minimise  E || sum_i z_i dx/dz_i ||^2,   z_i = 1 where site and step i are reused,
+    subject to  sum_i z_i = target share,  no more than max_age reuses of a site in a row.
+
+``v . dx/dz_i`` for a random ``v`` is one backward pass through the recorded generation, for all
+sites and steps at once (each step's graph by itself: the sampler between two forwards is linear,
+its coefficients are fitted to the recorded samples), and the mean of its square over ``v`` is the
+norm. First order leaves out how reuses feed on each other, more so the less regular a pattern is:
+so it gives candidates, from free ones to those of whole steps, each is tried on the data, and the
+one nearest the full runs is kept. The gates are the ridge regression of its sign on ``sum_n Z_n``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,18 +32,26 @@ import torch
 from tqdm import tqdm
 
 from accelerate_hooks import Call, Effect, Policy, Site, enable
+from accelerate_hooks.errors import SpecError, UnsupportedModelError
 from accelerate_hooks.history import History
 from accelerate_hooks.policy import Decides
 
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+_FEATURES = 64  # rows of features a site and step that the regression sees
+_REGULAR = (0.0, 3e-4, 3e-3, 3e-2)  # prices of sites that differ within a step, in `allocate`
+_SEARCHES = 3  # of each price
+_HEAT = 0.05
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Recorder(Policy):
-    """Keeps the inputs of every forward by step and branch."""
+    """Keeps the arguments, input, output and time of every forward, by step and branch."""
 
     name: ClassVar[str] = "gates_recorder"
-    taken: dict[tuple[int, str], Inputs] = field(default_factory=dict)
+    time: Callable[[Call], float]
+    given: dict[tuple[int, str], Any] = field(default_factory=dict)
+    x: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
+    out: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
+    times: dict[int, float] = field(default_factory=dict)
 
     @property
     def kinds(self) -> Any:
@@ -43,54 +61,69 @@ class _Recorder(Policy):
         return frozenset({Effect.OBSERVE})
 
     def around(self, call: Call) -> Any:
-        self.taken[call.step.index, call.step.branch] = call.given()
-        return call.proceed()
+        key = call.step.index, call.step.branch
+        self.given[key], self.x[key] = call.given(), call.x.detach().clone()
+        self.times[call.step.index] = self.time(call)
+        out = call.proceed()
+        self.out[key] = call.outputs(out)[0].detach().clone()
+        return out
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Mixer(Policy):
-    """``mode["now"]``: ``"keep"`` computes and keeps outputs, ``"mix"`` blends what they predict in
-    by the gates of step ``mode["step"]``."""
+    """``now["mode"]``: ``"keep"`` keeps what the sites give, ``"mix"`` gives
+    ``s * computed + (1 - s) * predicted`` with ``s = 1``, a leaf of the graph a site and row."""
 
     name: ClassVar[str] = "gates_mixer"
     trains: ClassVar[bool] = True
     like: Policy
-    weights: dict[str, torch.Tensor]
-    mode: dict[str, Any]
-    kept: dict[str, Any] = field(default_factory=dict)
-    shares: list[torch.Tensor] = field(default_factory=list)
+    now: dict[str, Any]
+    kept: dict[int, dict[str, Any]] = field(default_factory=dict)
+    shares: dict[str, torch.Tensor] = field(default_factory=dict)
+    features: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def kinds(self) -> Any:
-        return self.like.kinds
+        return ("model", *self.like.kinds)
 
     @property
     def decides(self) -> Decides:
         return "ahead"
 
     def acts(self, site: Site) -> frozenset[Effect]:
-        return self.like.acts(site)
+        return frozenset({Effect.OBSERVE}) if site.kind == "model" else self.like.acts(site)
 
     def around(self, call: Call) -> Any:
-        site = call.site.name
+        mixes, name = self.now["mode"] == "mix", call.site.name
+        if call.site.kind == "model":
+            if not mixes:
+                return call.proceed()
+            self.now["x"] = call.x.detach().requires_grad_()
+            return call.proceed(x=self.now["x"])
         out = call.proceed()
-        if self.mode["now"] == "keep":
-            values = tuple(v for v in call.outputs(out) if v is not None)
-            history = self.kept.setdefault(site, History(self.mode["order"]))
-            history.add(self.mode["step"], float(self.mode["step"]), values)
-            if site not in self.weights:
-                width = call.x.shape[-1]
-                self.weights[site] = torch.zeros(self.mode["steps"], width, requires_grad=True)
-        elif self.mode["now"] == "mix":
-            weight = self.weights[site][self.mode["step"]].to(call.x.device)
-            s = torch.sigmoid(torch.einsum("b...d,d->b", call.x.float(), weight))
-            s.retain_grad()
-            self.shares.append(s)
-            x, context = call.outputs(out)
-            old = self.kept[site].predict(float(self.mode["step"]))
-            context = None if context is None else _blend(s, context, old[1])
-            out = call.replaced(out, _blend(s, x, old[0]), context)
-        return out
+        values = tuple(v for v in call.outputs(out) if v is not None)
+        if not mixes:
+            self.kept.setdefault(self.now["step"], {})[name] = values
+            return out
+        self.features[name] = call.x.detach().float().flatten(1, -2).sum(1)
+        share = self.shares[name] = torch.ones(len(call.x), requires_grad=True)
+        old = self.predicted(name)
+        mixed = [_blend(share.to(v.device), v, o) for v, o in zip(values, old, strict=True)]
+        return call.replaced(out, *mixed)
+
+    def predicted(self, name: str) -> Any:
+        """From the steps before, every second one of which was reused."""
+        step, order, times = self.now["step"], self.now["order"], self.now["times"]
+        history = History(order)
+        for earlier in _sources(step, order)[::-1]:
+            history.add(earlier, times[earlier], self.kept[earlier][name])
+        return history.predict(times[step])
+
+
+def _sources(step: int, order: int) -> list[int]:
+    """The computed steps that a reuse at ``step`` rests on, the latest first."""
+    every = 2 if step > 2 * order else 1
+    return [step - 1 - every * i for i in range(order + 1)]
 
 
 def _blend(s: torch.Tensor, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
@@ -98,152 +131,347 @@ def _blend(s: torch.Tensor, new: torch.Tensor, old: torch.Tensor) -> torch.Tenso
     return share * new + (1 - share) * old
 
 
+@dataclass
+class _Seen:
+    """What the sweeps have measured: ``effects`` ``[samples, steps, sites]``, each sample's scaled
+    to norm one, rows of ``sum_n Z_n`` by (step, site), and the candidates' scores in dB."""
+
+    effects: list[torch.Tensor] = field(default_factory=list)
+    features: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
+    sites: list[str] = field(default_factory=list)
+    done: int = 0
+    scores: list[float] = field(default_factory=list)
+
+
 def train(
     policy: Policy,
+    make: Callable[[dict[str, torch.Tensor]], Policy],
     pipe: Any,
     data: Iterable[Any],
     *,
     target: float,
-    iterations: int,
-    warmup: int,
+    time: Callable[[Call], float],
     order: int,
-    rate: float = 1e-4,
-    seed: int = 0,
+    warmup: int,
+    cooldown: int,
+    max_age: int,
+    probes: int,
     resume: str | None = None,
     progress: bool = True,
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Gates for ``pipe`` (a callable denoising pipeline; ``data`` are keyword arguments of its
-    calls): ({site: ``[steps, width]``}, what was seen on the way).
+) -> tuple[Policy, dict[str, Any]]:
+    """The policy that ``make`` makes of the best gates ({site: ``[steps, width]``}) for ``pipe``, a
+    callable denoising pipeline, over generations with the keyword arguments in ``data``; and
+    numbers to keep with it.
 
-    ``resume`` is a file that keeps the state of the training; the same call goes on from there.
+    ``probes`` random directions are asked an item. ``resume`` is a file that keeps what was
+    measured; the same call goes on from there.
     """
-    recorded: list[dict[tuple[int, str], Inputs]] = []
-    for item in data:
-        recorder = _Recorder()
-        with torch.no_grad(), enable(pipe, recorder):
-            pipe(**item)
-        recorded.append(recorder.taken)
-    model = model_of(pipe)
-    steps = 1 + max(index for index, _ in recorded[0])
-    branches = sorted({branch for _, branch in recorded[0]})
-    weights: dict[str, torch.Tensor] = {}
-    mode: dict[str, Any] = {"now": "keep", "steps": steps, "step": 0, "order": order}
-    mixer = _Mixer(like=policy, weights=weights, mode=mode)
+    model, items, seen = model_of(pipe), list(data), _Seen()
+    if resume is not None and Path(resume).exists():
+        seen = _Seen(**torch.load(resume, weights_only=True))
+
+    def keep() -> None:
+        if resume is not None:
+            torch.save(vars(seen), resume)
+
     frozen = [p for p in model.parameters() if p.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(False)
-    generator = torch.Generator().manual_seed(seed)
     try:
-        with enable(model, mixer) as session:
-            _forward(session, model, recorded[0][0, branches[0]])
-            return _descend(
-                session, model, mixer, recorded, branches, generator,
-                target=target, iterations=iterations, warmup=warmup, rate=rate,
-                resume=resume, progress=progress,
-            )  # fmt: skip
+        for place in tqdm(range(seen.done, len(items)), desc="effects", disable=not progress):
+            recorder = _generate(pipe, items[place], time)
+            mixer = _Mixer(like=policy, now={"order": order, "times": recorder.times})
+            generator = torch.Generator().manual_seed(place)
+            first = max(warmup, order + 1)
+            with enable(model, mixer) as session:
+                _sweep(session, model, mixer, recorder, first, probes, generator, seen)
+            seen.done, seen.scores = place + 1, []
+            keep()
     finally:
         for parameter in frozen:
             parameter.requires_grad_(True)
+    effects = torch.cat(seen.effects)
+    steps = effects.shape[1]
+    window = range(max(warmup, order + 1), steps - cooldown)
+    masks = [
+        allocate(effects, target=target, window=window, max_age=max_age, regular=price, seed=seed)
+        for price in _REGULAR
+        for seed in range(_SEARCHES)
+    ]
+    made = [make(_weights(seen, mask, window)) for mask in masks]
+    if len(seen.scores) < len(made):
+        full = [_generate(pipe, item, time) for item in items]
+        for candidate in tqdm(made[len(seen.scores) :], desc="trials", disable=not progress):
+            runs = (_generate(pipe, item, time, candidate) for item in items)
+            seen.scores.append(_nearness(full, runs))
+            keep()
+    best = max(range(len(made)), key=seen.scores.__getitem__)
+    numbers = {"reused": float(masks[best].double().mean()), "samples": len(effects) // probes}
+    return made[best], numbers | {"scores": seen.scores}
 
 
-def _descend(
+def _generate(pipe: Any, item: Any, time: Callable[[Call], float], *more: Policy) -> _Recorder:
+    item = dict(item)
+    if isinstance(item.get("generator"), torch.Generator):  # every generation starts alike
+        item["generator"] = item["generator"].clone_state()
+    recorder = _Recorder(time=time)
+    with torch.no_grad(), enable(pipe, [recorder, *more]):
+        pipe(**item)
+    return recorder
+
+
+def _nearness(full: Iterable[_Recorder], runs: Iterable[_Recorder]) -> float:
+    """Mean over samples of ``-10 log10 (||x - full||^2 / ||full||^2)`` where the last step begins,
+    in dB."""
+    values = []
+    for a, b in zip(full, runs, strict=True):
+        last = max(a.x)
+        off = (b.x[last] - a.x[last]).flatten(1).square().sum(1)
+        norm = a.x[last].flatten(1).square().sum(1)
+        values.append(-10 * (off / norm).clamp_min(1e-12).log10())
+    return float(torch.cat(values).mean())
+
+
+def _weights(seen: _Seen, mask: torch.Tensor, window: range) -> dict[str, torch.Tensor]:
+    weights = {}
+    for i, site in enumerate(seen.sites):
+        weights[site] = torch.zeros(len(mask), seen.features[window.start, site].shape[1])
+        for step in window:  # a gate of zeros runs
+            weights[site][step] = _weight(seen.features[step, site], bool(mask[step, i]))
+    return weights
+
+
+# -- what a reuse does to the final sample -------------------------------------------------------
+
+
+def _sweep(
     session: Any,
     model: Any,
     mixer: _Mixer,
-    recorded: Sequence[dict[tuple[int, str], Inputs]],
-    branches: list[str],
+    recorder: _Recorder,
+    first: int,
+    probes: int,
     generator: torch.Generator,
+    seen: _Seen,
+) -> None:
+    """From the last step to ``first``: the probes, carried back through the sampler and the model,
+    times what each site's reuse would be off by."""
+    steps = 1 + max(recorder.times)
+    branches = sorted({branch for _, branch in recorder.given})
+    if any((step, branch) not in recorder.given for step in range(steps) for branch in branches):
+        raise UnsupportedModelError(
+            "lazy_step: gates are fitted on generations in which every CFG branch has a forward at "
+            "every step; this one leaves some out (a guidance interval, perhaps)"
+        )
+    x = recorder.x[0, branches[0]]
+    half = len(x) // 2
+    copies = 2 if half and len(x) % 2 == 0 and torch.equal(x[:half], x[half:]) else 1
+    rows = len(x) // copies
+    shape = (probes, rows, *x.shape[1:])
+    carried = torch.randn(shape, generator=generator).to(x)
+    effects: torch.Tensor | None = None
+
+    def forward(step: int, branch: str, mode: str) -> torch.Tensor:
+        mixer.now.update(mode=mode, step=step)
+        args, kwargs = recorder.given[step, branch]
+        with session.run(), torch.set_grad_enabled(mode == "mix"):
+            out = model(*args, **kwargs)
+        while not isinstance(out, torch.Tensor):
+            out = next(iter(out.values())) if isinstance(out, dict) else out[0]
+        return out
+
+    alpha, betas = 1.0, [1.0] * len(branches) * copies
+    for step in reversed(range(first, steps)):
+        if step + 1 < steps:
+            alpha, betas = _sampler(recorder, step, branches, copies)
+        back = alpha * carried
+        for b, branch in enumerate(branches):
+            for earlier in set(range(step)) - mixer.kept.keys():
+                if earlier >= min(_sources(step, mixer.now["order"])):
+                    forward(earlier, branch, "keep")
+            mixer.shares.clear()
+            out = forward(step, branch, "mix")
+            if effects is None:
+                seen.sites = list(mixer.shares)
+                effects = torch.zeros(probes, rows, steps, len(seen.sites))
+            for k in range(probes):
+                cotangent = torch.cat([beta * carried[k] for beta in betas[b * copies :][:copies]])
+                slopes = torch.autograd.grad(
+                    out, [mixer.now["x"], *mixer.shares.values()], cotangent.to(out),
+                    retain_graph=k + 1 < probes,
+                )  # fmt: skip
+                back[k] += slopes[0].reshape(copies, rows, *x.shape[1:]).sum(0)
+                each = torch.stack([s.reshape(copies, rows).sum(0) for s in slopes[1:]], -1)
+                effects[k, :, step] += each.float().cpu()
+            for site, found in mixer.features.items():
+                old = seen.features.get((step, site), found[:0].cpu())
+                seen.features[step, site] = torch.cat([old, found.cpu()])[:_FEATURES]
+            mixer.kept.clear()
+        carried = back
+    assert effects is not None
+    norm = effects.square().sum((0, 2, 3), keepdim=True).sqrt().clamp_min(1e-30)
+    seen.effects.append((effects / norm).flatten(0, 1))
+
+
+def _sampler(
+    recorder: _Recorder, step: int, branches: list[str], copies: int
+) -> tuple[float, list[float]]:
+    """(alpha, betas) with ``x_next = alpha * x + sum betas * outputs``, by least squares."""
+
+    def parts(values: dict[tuple[int, str], torch.Tensor], at: int, branch: str) -> Any:
+        return values[at, branch].double().chunk(copies)
+
+    x = parts(recorder.x, step, branches[0])[0]
+    outs = [part for branch in branches for part in parts(recorder.out, step, branch)]
+    after = parts(recorder.x, step + 1, branches[0])[0]
+    if any(out.shape != x.shape for out in outs):
+        raise UnsupportedModelError(
+            "lazy_step: gates need a model whose output is shaped like its sample; this one gives "
+            f"{tuple(outs[0].shape)} for {tuple(x.shape)}"
+        )
+    columns = torch.stack([t.flatten() for t in (x, *outs)], 1)
+    found = torch.linalg.lstsq(columns, after.flatten()[:, None]).solution.flatten().tolist()
+    return found[0], found[1:]
+
+
+# -- which to reuse --------------------------------------------------------------------------------
+
+
+def allocate(
+    effects: torch.Tensor,
     *,
     target: float,
-    iterations: int,
-    warmup: int,
-    rate: float,
-    resume: str | None,
-    progress: bool,
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    weights, mode = mixer.weights, mixer.mode
-    optimizer = torch.optim.Adam(weights.values(), lr=rate)
-    state: dict[str, Any] = {"iteration": 0, "rho": 0.0, "share": 0.0, "loss": 0.0}
-    costs = torch.full((mode["steps"], len(weights)), float("nan"))
-    if resume is not None and Path(resume).exists():
-        saved = torch.load(resume, weights_only=True)
-        state = saved["state"]
-        generator.set_state(saved["generator"])
-        costs.copy_(saved["costs"])
-        optimizer.load_state_dict(saved["optimizer"])
-        for site, weight in saved["weights"].items():
-            weights[site].data.copy_(weight)
-    before = mode["order"] + 1
-    later = range(max(warmup, before), mode["steps"])
-    bar = tqdm(
-        range(state["iteration"], iterations),
-        initial=state["iteration"],
-        total=iterations,
-        desc="gates",
-        disable=not progress,
-    )
-    for iteration in bar:
-        item, place, branch = (
-            int(torch.randint(n, (), generator=generator))
-            for n in (len(recorded), len(later), len(branches))
+    window: range,
+    max_age: int,
+    regular: float = 0.0,
+    seed: int = 0,
+    tries: int | None = None,
+) -> torch.Tensor:
+    """Which (step, site) to reuse, a mask ``[steps, sites]``: a share ``target`` of all, inside
+    ``window``, such that the mean square of ``sum z * effects`` (``[samples, steps, sites]``) is
+    small, and after ``max_age`` steps with a reuse comes one without: what the effects do not show
+    is that sites which take turns feed on each other's errors (measured: 8 dB). First whole steps,
+    then sites, where one that differs from others of its step costs ``regular`` times what the
+    whole steps did."""
+    steps, sites = effects.shape[1:]
+    mask = torch.zeros(steps, 1, dtype=torch.bool)
+    mask[regular_pattern(window, math.ceil(target * steps), max_age)] = True
+    tries = 40 * steps * sites if tries is None else tries
+    chance = random.Random(seed)
+    gram = _gram(effects.sum(2, keepdim=True))
+    mask = _anneal(mask, gram, window, max_age, chance, tries)
+    z = mask.flatten().double()
+    price = regular * float(z @ gram @ z) / sites
+    mask = mask.expand(steps, sites).clone()
+    most, flat = round(target * steps * sites), mask.view(-1)
+    for place in chance.sample(flat.nonzero().flatten().tolist(), max(0, int(flat.sum()) - most)):
+        flat[place] = False
+    gram = _gram(effects)
+    differ = sites * torch.eye(sites, dtype=torch.float64) - 1  # z' differ z = on * (sites - on)
+    gram += price * torch.block_diag(*[differ] * steps)
+    return _anneal(mask, gram, window, max_age, chance, tries)
+
+
+def regular_pattern(window: range, count: int, max_age: int) -> list[int]:
+    """``count`` of the steps in ``window``, ``max_age`` in a row."""
+    most = max_age * (len(window) + 1) // (max_age + 1)
+    if count > most:
+        raise SpecError(
+            f"lazy_step: {count} steps are to be reused, but warmup and cooldown leave "
+            f"{len(window)}, of which max_age={max_age} allows {most}; give a smaller target"
         )
-        step, taken = later[place], recorded[item]
-        mixer.kept.clear()
-        for earlier in range(step - before, step):
-            mode.update(now="keep", step=earlier)
-            _forward(session, model, taken[earlier, branches[branch]])
-        mode.update(now="off", step=step)
-        wanted = _forward(session, model, taken[step, branches[branch]])
-        mode["now"] = "mix"
-        mixer.shares.clear()
-        got = _forward(session, model, taken[step, branches[branch]], grad=True)
-        error = (got - wanted).square().sum() / wanted.square().sum()
-        shares = torch.stack([s.mean() for s in mixer.shares])
-        loss = error + state["rho"] * shares.mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        weigh(costs[step], mixer.shares, state["rho"])
-        known = torch.stack([row for row in costs if row.isfinite().all()])
-        state["rho"] = len(mixer.shares) * float(known.clamp_min(0).quantile(target))
-        reused = float(torch.stack([(s < 0.5).float().mean() for s in mixer.shares]).mean())
-        state["share"] += 0.02 * (reused - state["share"])
-        state["loss"] += 0.02 * (float(error.detach()) - state["loss"])
-        state["iteration"] = iteration + 1
-        bar.set_postfix(share=f"{state['share']:.2f}", rho=f"{state['rho']:.1e}")
-        if resume is not None and (iteration % 50 == 49 or iteration + 1 == iterations):
-            torch.save(
-                {
-                    "state": state,
-                    "generator": generator.get_state(),
-                    "costs": costs,
-                    "optimizer": optimizer.state_dict(),
-                    "weights": {site: w.detach() for site, w in weights.items()},
-                },
-                resume,
-            )
-    return {site: w.detach().clone() for site, w in weights.items()}, state
+    groups = len(window) - count + 1  # between the computed steps
+    sizes = [count // groups + (i < count % groups) for i in range(groups)]
+    return [
+        s for s in window if (s - window.start + 1) not in set(accumulate(n + 1 for n in sizes))
+    ]
 
 
-def weigh(costs: torch.Tensor, shares: Sequence[torch.Tensor], rho: float) -> None:
-    """Move the running estimates ``costs`` (``[sites]``) of what reuse costs at a step, from the
-    slope of the loss without its penalty."""
-    for site, s in enumerate(shares):
-        if s.grad is None:
+def _gram(effects: torch.Tensor) -> torch.Tensor:
+    """Mean products of effects; few samples are trusted less where effects should cancel."""
+    flat = effects.double().flatten(1)
+    gram = flat.T @ flat / len(flat)
+    return gram + torch.diag(gram.diag()) * (len(gram) / len(flat))
+
+
+def _anneal(
+    mask: torch.Tensor,
+    gram: torch.Tensor,
+    window: range,
+    max_age: int,
+    chance: random.Random,
+    tries: int,
+) -> torch.Tensor:
+    """Moves: one reuse elsewhere; all reuses of a span of steps one step on or back, at one site or
+    at all."""
+    sites = mask.shape[1]
+    on = mask.clone()
+    pull = gram @ on.flatten().double()
+    cost = float(on.flatten().double() @ pull)
+    best, kept = cost, on.clone()
+    heat = _HEAT * cost
+
+    def proposals() -> Iterator[list[tuple[int, int]]]:
+        """(place, +1 or -1) to switch."""
+        while True:
+            site, step = chance.randrange(sites), chance.choice(window)
+            if chance.random() < 0.5:
+                there, other = chance.choice(window), chance.randrange(sites)
+                if on[step, site] and not on[there, other]:
+                    yield [(step * sites + site, -1), (there * sites + other, 1)]
+                continue
+            by, length = chance.choice((-1, 1)), chance.choice((1, 1, 2, 4, 8))
+            some = range(sites) if chance.random() < 0.5 else (site,)
+            span = range(step, min(step + length, window.stop))
+            moved = [(s, k) for s in span for k in some if on[s, k]]
+            after = {(s + by, k) for s, k in moved}
+            if not moved or any(s not in window for s, _ in after):
+                continue
+            before = set(moved)
+            if any(on[s, k] for s, k in after - before):
+                continue
+            yield [(s * sites + k, -1) for s, k in before - after] + [
+                (s * sites + k, 1) for s, k in after - before
+            ]
+
+    for number, change in enumerate(proposals()):
+        if number >= tries:
+            break
+        places = torch.tensor([p for p, _ in change])
+        signs = torch.tensor([float(s) for _, s in change], dtype=torch.float64)
+        rise = float(2 * signs @ pull[places] + signs @ gram[places][:, places] @ signs)
+        warm = heat * (1 - number / tries) ** 2
+        if rise > 0 and (warm <= 0 or chance.random() >= math.exp(-rise / warm)):
             continue
-        slope = (rho / len(shares) - s.grad * len(s)) / (2 * (1 - s.detach()).clamp_min(0.05))
-        seen = slope.mean().cpu()
-        old = costs[site]
-        costs[site] = seen if not old.isfinite() else old + 0.3 * (seen - old)
+        flat = on.view(-1)
+        flat[places] = signs > 0
+        if _too_long(on.any(1).tolist(), max_age):
+            flat[places] = signs < 0
+            continue
+        pull += gram[:, places] @ signs
+        cost += rise
+        if cost < best:
+            best, kept = cost, on.clone()
+    return kept
 
 
-def _forward(session: Any, model: Any, inputs: Inputs, grad: bool = False) -> torch.Tensor:
-    args, kwargs = inputs
-    with session.run(), torch.set_grad_enabled(grad):
-        out = model(*args, **kwargs)
-    while not isinstance(out, torch.Tensor):
-        out = next(iter(out.values())) if isinstance(out, dict) else out[0]
-    return out
+def _too_long(column: list[bool], most: int) -> bool:
+    """Whether more than ``most`` in a row are set."""
+    length = 0
+    for value in column:
+        length = length + 1 if value else 0
+        if length > most:
+            return True
+    return False
+
+
+def _weight(features: torch.Tensor, reused: bool) -> torch.Tensor:
+    """``w`` with ``Z . w`` near 1 where the site is to be run, near -1 where it is to be reused."""
+    rows = features.double()
+    square = rows @ rows.T
+    ridge = 1e-3 * square.diag().mean() * torch.eye(len(rows), dtype=torch.float64)
+    wanted = torch.full((len(rows),), -1.0 if reused else 1.0, dtype=torch.float64)
+    return (rows.T @ torch.linalg.solve(square + ridge, wanted)).float()
 
 
 def model_of(pipe: Any) -> Any:

@@ -108,22 +108,6 @@ class Board:
         self.paces.add(pace)
 
 
-class Freshness:
-    """When all sites of a branch ran last."""
-
-    def __init__(self) -> None:
-        self.step = self.full = -1
-        self.reused = False
-
-    def age(self, step: int) -> int:
-        """Steps since then, at a visit in ``step``; set ``reused`` where a site does not run."""
-        if step != self.step:
-            if not self.reused:
-                self.full = self.step
-            self.step, self.reused = step, False
-        return step - self.full
-
-
 class State:
     """What one site, model or segment of a stack (up to its block ``last``) keeps in a run and
     branch."""

@@ -12,9 +12,9 @@ import torch
 from accelerate_hooks.artifact import Artifact
 from accelerate_hooks.call import Call
 from accelerate_hooks.errors import ArtifactError, SpecError, UnsupportedModelError
-from accelerate_hooks.history import History, Values, relative_error
+from accelerate_hooks.history import History, RowHistory, Values, relative_error
 from accelerate_hooks.opaque import opaque_functions
-from accelerate_hooks.policies._pace import Board, Freshness, Pace, State, minus, plus
+from accelerate_hooks.policies._pace import Board, Pace, State, minus, plus
 from accelerate_hooks.policies._quantity import mixing
 from accelerate_hooks.policy import Decides, Policy
 from accelerate_hooks.site import Effect, Kind, Site
@@ -25,8 +25,9 @@ Criterion = Literal["cadence", "change", "error", "gates"]
 
 _ORDER = {"hold": 0, "linear": 1, "taylor2": 2, "taylor3": 3}
 _MOST_CORRECTION = 4.0
+_FITTED = ("predictor", "time")  # what gates rest on
 _PRESETS: dict[str, dict[str, Any]] = {
-    "safe": {"tolerance": 0.02, "threshold": 0.04, "every": 2, "max_age": 2},
+    "safe": {"tolerance": 0.03, "threshold": 0.04, "every": 2, "max_age": 1},
     "balanced": {"tolerance": 0.03, "threshold": 0.08, "every": 3, "max_age": 8},
     "fast": {"tolerance": 0.05, "threshold": 0.12, "every": 4, "max_age": 12},
 }
@@ -108,8 +109,11 @@ class LazyStep(Policy):
     # -- settings ----------------------------------------------------------------------------
 
     def setting(self, name: str) -> Any:
-        """A setting, from the preset where it was not given."""
+        """A setting, from the preset where it was not given; gates are fitted for a ``max_age`` of
+        one step."""
         value = getattr(self, name)
+        if value is None and self.criterion == "gates" and name == "max_age":
+            return 1
         return _PRESETS[self.preset][name] if value is None else value
 
     @classmethod
@@ -155,6 +159,12 @@ class LazyStep(Policy):
             )
         for root in session.roots:
             self.artifact.check(policy=self.name, model=root.model)
+        for name, value in self.artifact.meta.get("settings", {}).items():
+            if getattr(self, name) != value:
+                raise ArtifactError(
+                    f"lazy_step: these gates were fitted with {name}={value!r}, not "
+                    f"{getattr(self, name)!r}; use that, or fit again"
+                )
         return []
 
     def fit(
@@ -165,14 +175,15 @@ class LazyStep(Policy):
         target: float | None = 0.4,
         resume: str | None = None,
         progress: bool = True,
-        iterations: int = 600,
+        probes: int = 4,
     ) -> Self:
-        """Train the gates of ``model``, a denoising pipeline, its weights frozen.
+        """Fit the gates of ``model``, a denoising pipeline, its weights frozen.
 
         data: keyword arguments of a few calls of the pipeline (``[{"prompt": ...}, ...]``), all
             with one number of steps, which is the number that the gates are good for.
-        target: share of (site, step, row) visits to reuse.
-        resume: a file that keeps the state, so that a killed training goes on from there.
+        target: share of (step, site) visits to reuse.
+        resume: a file that keeps what was measured so far, so that a killed fit goes on from there.
+        probes: random directions asked a call; each takes about two generations' time.
 
         Returns a policy with an artifact; ``artifact.save(path)`` keeps it.
         """
@@ -182,20 +193,26 @@ class LazyStep(Policy):
         if not 0.0 < share < 1.0:
             raise SpecError(f"lazy_step: target={target!r} is out of range; give 0 < target < 1")
         mould = replace(self, scope="site", criterion="gates", lagged=False, artifact=None)
-        weights, seen = _gates.train(
-            mould, model, data, target=share, iterations=iterations, warmup=self.warmup,
-            order=_ORDER[self.predictor], resume=resume, progress=progress,
+        rests = {name: getattr(self, name) for name in _FITTED}
+
+        def make(weights: dict[str, torch.Tensor], **numbers: Any) -> Self:
+            artifact = Artifact.create(
+                weights,
+                policy=self.name,
+                model=_gates.model_of(model),
+                steps=len(next(iter(weights.values()))),
+                scheduler=type(model.scheduler).__name__,
+                settings=rests,
+                **numbers,
+            )
+            return replace(mould, artifact=artifact)
+
+        fitted, numbers = _gates.train(
+            mould, make, model, data, target=share, time=self._time, order=_ORDER[self.predictor],
+            warmup=self.warmup, cooldown=self.cooldown, max_age=mould.setting("max_age"),
+            probes=probes, resume=resume, progress=progress,
         )  # fmt: skip
-        steps = len(next(iter(weights.values())))
-        artifact = Artifact.create(
-            weights,
-            policy=self.name,
-            model=_gates.model_of(model),
-            steps=steps,
-            scheduler=type(model.scheduler).__name__,
-            data=f"{seen['iteration']} iterations, target {share}",
-        )
-        return replace(mould, artifact=artifact)
+        return make(dict(fitted.artifact.tensors), **numbers)
 
     # -- one visit ---------------------------------------------------------------------------
 
@@ -295,31 +312,30 @@ class LazyStep(Policy):
     def _gated(self, call: Call) -> Any:
         """A site whose rows are run or reused as its learned gate says: run where
         ``sigmoid(sum_n Z_n . w) >= threshold``, 0.5 where none is given (the code's sign in
-        LazyDiT, not the paper's). Gates are trained on fresh values, so ``max_age`` counts from the
-        last step at which every site ran."""
-        state = call.slot(self._state, rows=True)
-        paces: dict[str, Freshness] = call.slot(dict, scope="run")
-        fresh = paces.setdefault(call.step.branch, Freshness())
-        history, index, time = state.history, call.step.index, self._time(call)
-        weight = self._gate(call)
-        may = self._in_window(call) and fresh.age(index) <= self.setting("max_age")
-        if weight is None or not history.ready or not may:
+        LazyDiT, not the paper's)."""
+        history = call.slot(lambda: RowHistory(_ORDER[self.predictor]))
+        index, time, weight = call.step.index, self._time(call), self._gate(call)
+        if weight is None or not history.ready or not self._in_window(call):
             out = call.proceed()
             history.add(index, time, _present(call.outputs(out)))
             return out
         logits = torch.einsum("b...d,d->b", call.x.float(), weight)
         share = 0.5 if self.threshold is None else self.threshold
-        bound = math.log(share / (1.0 - share))
-        rows = [not logit < bound for logit in call.read_rows(logits)]  # a NaN is run
-        guess = history.predict(time)
-        fresh.reused = fresh.reused or not all(rows)
-        if not any(rows):
-            self._say(call, state.pace, history)
-            return call.skip(*guess)
-        out = call.proceed(rows=rows, rest=guess)
-        # A reused row joins the history as predicted: for "hold" the same as leaving it out, for
-        # the others its next line goes through that point too.
-        history.add(index, time, _present(call.outputs(out)))
+        bound, most = math.log(share / (1.0 - share)), self.setting("max_age")
+        ages = history.ages(index)
+        rows = [  # a NaN is run
+            not logit < bound or age > most
+            for logit, age in zip(call.read_rows(logits), ages, strict=True)
+        ]
+        if all(rows):
+            out = call.proceed()
+        else:
+            guess = history.predict(time)
+            call.note(self.criterion, age=float(max(ages)))
+            if not any(rows):
+                return call.skip(*guess)
+            out = call.proceed(rows=rows, rest=guess)
+        history.add(index, time, _present(call.outputs(out)), rows)
         return out
 
     # -- decisions ---------------------------------------------------------------------------

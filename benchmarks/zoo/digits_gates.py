@@ -1,10 +1,7 @@
-"""Train LazyStep's gates for the demo's model and ship them.
+"""Fit LazyStep's gates for the demo's model and ship them.
 
-    digits_gates.py                      # trains (resumes from build/digits_gates.pt) and exports
-    digits_gates.py --iterations 20 --out /dev/shm/gates.safetensors    # a try
-
-The gates are used with ``max_age=1`` (a site never reuses twice in a row, as trained: what it
-reuses is fresh), so that a share of 0.8 of reuse in training is one of about 0.4 in use.
+    digits_gates.py                      # fits (resumes from build/digits_gates.pt) and exports
+    digits_gates.py --calls 1 --probes 1 --out /dev/shm/gates.safetensors    # a try
 
 Seeds 5000 and up: neither those of the demo nor those of any benchmark.
 """
@@ -27,8 +24,8 @@ STEPS = 50
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--iterations", type=int, default=2000)
-    parser.add_argument("--target", type=float, default=0.8)
+    parser.add_argument("--probes", type=int, default=4)
+    parser.add_argument("--target", type=float, default=0.4)
     parser.add_argument("--calls", type=int, default=CALLS)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--predictor", default="linear")
@@ -54,7 +51,7 @@ def main() -> None:
         pipe,
         data,
         target=options.target,
-        iterations=options.iterations,
+        probes=options.probes,
         resume=str(options.state),
     )
     policy.artifact.save(options.out)

@@ -124,3 +124,19 @@ def test_python_m() -> None:
     assert done.returncode == 0, done.stderr
     assert "lazy_step" in done.stdout
     assert not done.stderr
+
+
+def test_a_reader_that_has_seen_enough() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "accelerate_hooks", "inspect"],
+        env=os.environ | {"PYTHONSAFEPATH": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    said = process.stderr.read()
+    process.stderr.close()
+    assert process.wait() == 0
+    assert not said

@@ -112,6 +112,17 @@ def test_only_is_a_glob(model):
         assert skipped == {"transformer_blocks.1", "transformer_blocks.2"}
 
 
+def test_a_recipe_of_a_session_acts_where_it_acted(model, tmp_path):
+    path = str(tmp_path / "recipe.json")
+    wanted = "lazy_step@single*:scope=site,criterion=cadence"
+    with enable(model, wanted) as session:
+        session.save_recipe(path)
+        sites = [site.path for site in session.sites]
+    assert sites and all(site.startswith("single") for site in sites)
+    with enable(model, path) as session:
+        assert [site.path for site in session.sites] == sites
+
+
 def test_not_strict_is_noted(model):
     plain = contract.outputs(model, FLUX.inputs(2), 2)
     with enable(model, contract.BlockReuse(), only="nowhere", strict=False) as session:

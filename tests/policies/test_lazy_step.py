@@ -15,8 +15,9 @@ from torch import nn
 import accelerate_hooks as ah
 from accelerate_hooks.artifact import Artifact
 from accelerate_hooks.errors import ArtifactError, SpecError
-from accelerate_hooks.history import History
+from accelerate_hooks.history import History, RowHistory
 from accelerate_hooks.policies import LazyStep
+from accelerate_hooks.policies._gates import allocate, regular_pattern
 from accelerate_hooks.policies._pace import Pace
 from accelerate_hooks.policies._quantity import mixing
 from accelerate_hooks.run import Run, Step
@@ -422,6 +423,59 @@ def test_artifacts_are_checked(dit, flux, tmp_path):
         Artifact.load(path)
 
 
+@settings(max_examples=40)
+@given(
+    order=st.integers(0, 3),
+    plan=st.lists(st.lists(st.booleans(), min_size=3, max_size=3), min_size=1, max_size=8),
+)
+def test_rows_have_histories_of_their_own(order, plan):
+    generator = torch.Generator().manual_seed(0)
+    together, alone = RowHistory(order), [History(order) for _ in range(3)]
+    for step, rows in enumerate([[True] * 3] * (order + 1) + plan):
+        values = (torch.randn(3, 2, 4, generator=generator), torch.randn(3, 5, generator=generator))
+        if together.ready:
+            got = together.predict(step + 0.5)
+            for row, history in enumerate(alone):
+                for a, b in zip(got, history.predict(step + 0.5), strict=True):
+                    assert torch.allclose(a[row : row + 1], b, rtol=1e-4, atol=1e-3)
+            assert together.ages(step) == [history.age(step) for history in alone]
+        together.add(step, float(step), values, rows)
+        for row in (row for row in range(3) if rows[row]):
+            alone[row].add(step, float(step), tuple(v[row : row + 1] for v in values))
+
+
+@given(st.integers(0, 4), st.integers(1, 30), st.integers(0, 30), st.integers(1, 4))
+def test_regular_patterns(start, length, count, max_age):
+    window = range(start, start + length)
+    if count > max_age * (length + 1) // (max_age + 1):
+        with pytest.raises(SpecError, match="smaller target"):
+            regular_pattern(window, count, max_age)
+        return
+    steps = regular_pattern(window, count, max_age)
+    assert len(steps) == count and set(steps) <= set(window)
+    runs = "".join("x" if s in steps else " " for s in window).split()
+    assert all(len(run) <= max_age for run in runs)
+
+
+@pytest.mark.parametrize("max_age", [1, 2])
+def test_gates_are_put_where_errors_cancel(max_age):
+    """Steps of twice the effect with signs in turn: reused in pairs they cancel, but one alone, or
+    two of the same sign, cost more than the small ones."""
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(64, 1, 1, generator=generator)
+    sign = torch.tensor([1.0, 1, -1, -1] * 5)[None, :, None]
+    effects = direction * sign * torch.tensor([2.0, 1.0, 2.0])
+    effects[:, :, 1] = torch.randn(64, 20, generator=generator)
+    window = range(3, 19)
+    mask = allocate(effects, target=0.2, window=window, max_age=max_age, tries=4000)
+    assert mask.sum() == 12
+    assert not mask[:3].any() and not mask[19:].any()
+    runs = mask.unfold(0, max_age + 1, 1).all(-1)
+    assert not runs.any(), "reused too often in a row"
+    summed = (effects * mask).sum((1, 2)).square().mean()
+    assert summed < 0.2 * (effects * mask).square().sum((1, 2)).mean()
+
+
 @pytest.mark.slow
 def test_fitting_resumes_and_leaves_the_model_alone(tmp_path):
     from accelerate_hooks.demo.pipeline import random_digits_pipeline
@@ -430,32 +484,37 @@ def test_fitting_resumes_and_leaves_the_model_alone(tmp_path):
     pipe.set_progress_bar_config(disable=True)
     before = {k: v.clone() for k, v in pipe.transformer.state_dict().items()}
     pipe.transformer.proj_out.bias.requires_grad_(False)
-    data = [{
-        "class_labels": [1], "num_inference_steps": 4, "output_type": "latent",
-        "generator": torch.Generator().manual_seed(0),
-    }]  # fmt: skip
+    data = [
+        {
+            "class_labels": [1, 2], "num_inference_steps": 6, "output_type": "latent",
+            "generator": torch.Generator(),
+        }
+        for _ in range(2)
+    ]  # fmt: skip
     mould = LazyStep(scope="site", criterion="gates", warmup=2, cooldown=0)
 
-    def fit(iterations, resume):
-        data[0]["generator"].manual_seed(0)
-        return mould.fit(
-            pipe, data, target=0.5, iterations=iterations, resume=resume, progress=False
-        )
+    def fit(count, resume):
+        for seed, item in enumerate(data):
+            item["generator"].manual_seed(seed)
+        given = {"target": 0.3, "probes": 2, "resume": resume, "progress": False}
+        return mould.fit(pipe, data[:count], **given)
 
-    whole = fit(6, None)
-    fit(3, str(tmp_path / "state.pt"))
-    resumed = fit(6, str(tmp_path / "state.pt"))
+    whole = fit(2, None)
+    fit(1, str(tmp_path / "state.pt"))
+    resumed = fit(2, str(tmp_path / "state.pt"))
     assert whole.artifact.tensors.keys() == resumed.artifact.tensors.keys()
     for site, weight in whole.artifact.tensors.items():
-        assert weight.abs().max() > 0, f"{site} learned nothing"
+        assert weight[2:].abs().amax(1).min() > 0, f"{site} learned nothing"
         assert torch.equal(weight, resumed.artifact.tensors[site]), site
     assert all(torch.equal(v, before[k]) for k, v in pipe.transformer.state_dict().items())
     for name, parameter in pipe.transformer.named_parameters():
         assert parameter.grad is None, name
         assert parameter.requires_grad == (name != "proj_out.bias"), name
     assert ah.active(pipe) is None
-    with ah.enable(pipe, whole):
+    with ah.enable(pipe, whole) as session:
         assert torch.isfinite(pipe(**data[0]).images).all()
+    visits = len(session.sites) * 6 * 2
+    assert abs(len(skips(session)) / visits - 0.3) < 0.05
 
 
 # -- bounds and bad input --------------------------------------------------------------------------
