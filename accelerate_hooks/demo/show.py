@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from accelerate_hooks.artifact import Artifact
 from accelerate_hooks.demo.pipeline import (
     DigitsPipeline,
     load_classifier,
@@ -79,16 +80,16 @@ class Result:
         )
 
 
-def policies() -> dict[str, LazyStep]:
-    """What the demo shows: three presets, and learned gates where they ship."""
-    shown = {f"LazyStep {p}": LazyStep(preset=p) for p in ("safe", "balanced", "fast")}
-    gates = files("accelerate_hooks.demo") / "weights" / GATES
-    if gates.is_file():
-        from accelerate_hooks.artifact import Artifact
+def gates() -> LazyStep:
+    """The learned gates that ship with the demo's model."""
+    artifact = Artifact.load(str(files("accelerate_hooks.demo") / "weights" / GATES))
+    return LazyStep(scope="site", criterion="gates", artifact=artifact)
 
-        artifact = Artifact.load(Path(str(gates)))
-        shown["LazyStep gates"] = LazyStep(scope="site", criterion="gates", artifact=artifact)
-    return shown
+
+def policies() -> dict[str, LazyStep]:
+    """What the demo shows: three presets, and learned gates."""
+    shown = {f"LazyStep {p}": LazyStep(preset=p) for p in ("safe", "balanced", "fast")}
+    return {**shown, "LazyStep gates": gates()}
 
 
 def measure(batch: int = 32, rounds: int = 1, steps: int = STEPS, progress: bool = True) -> Result:

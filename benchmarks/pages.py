@@ -1,0 +1,156 @@
+"""Puts what was measured into README.md and docs/: the blocks between <!-- name --> markers.
+
+    python benchmarks/pages.py [--check]
+
+Each block is made of the JSON that a benchmark wrote into results/. `--check` writes nothing and
+exits with 1 on a difference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "lazy_step.md")
+NOT_MEASURED = "not measured yet: it needs a quiet machine"
+_FREE = ("steps", "solver")
+_NAMES = {
+    "steps": "Euler, fewer steps",
+    "solver": "DPM-Solver++ 2M, fewer steps",
+    "first_block_cache": "FirstBlockCache",
+    "taylorseer": "TaylorSeer",
+    "mag_cache": "MagCache",
+    "db_cache": "DBCache",
+    "db_cache_taylorseer": "DBCache + TaylorSeer",
+}
+
+
+def read(name: str) -> Any:
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def rivals(data: Any, reference: str, target: float, ours: str) -> list[Any]:
+    place = {"reference": reference, "target": target, "ours": ours, "axis": "saving"}
+    return [
+        row
+        for row in data["comparisons"]
+        if "db" in row and all(row[key] == value for key, value in place.items())
+    ]
+
+
+def lazy_step() -> str:
+    """Ours, what is free, and the best cache, by cost and reference."""
+    data = read("lazy_step")
+    columns = ("FLOPs saved", "LazyStep", *(_NAMES[n] for n in _FREE), "best other cache")
+    parts = []
+    for reference, title, ours in (
+        ("full", "Against the full run (50 Euler steps), PSNR in dB", ("lazy_step",)),
+        (
+            "converged",
+            "Against the converged solution (500 steps), PSNR in dB",
+            ("lazy_step", "lazy_step_solver"),
+        ),
+    ):
+        head = list(columns)
+        if len(ours) > 1:
+            head.insert(2, "LazyStep on DPM-Solver++ 2M")
+        lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        for target in (1.5, 2.0, 3.0):
+            rows = rivals(data, reference, target, "lazy_step")
+            free = {row["contestant"]: f"{row['db']:.1f}" for row in rows}
+            best = max((r for r in rows if r["contestant"] not in _FREE), key=lambda r: r["db"])
+            cells = [f"{target:g}x"]
+            cells += [f"{rivals(data, reference, target, o)[0]['ours_db']:.1f}" for o in ours]
+            cells += [free.get(name, "-") for name in _FREE]
+            cells.append(f"{best['db']:.1f} ({_NAMES[best['contestant']]})")
+            lines.append(f"| {' | '.join(cells)} |")
+        parts.append(f"{title}:\n\n" + "\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def defaults() -> str:
+    """What `enable(pipe, "lazy_step")` gives: the three presets."""
+    data = read("lazy_step")
+    lines = ["| preset | FLOPs | time | PSNR, dB | drift |", "|---|---|---|---|---|"]
+    for preset in ("safe", "balanced", "fast"):
+        for p in data["points"]:
+            if p["contestant"] == "lazy_step" and p["setting"] == {"preset": preset}:
+                speed = "not timed" if p["speed"] is None else f"{p['speed']:.2f}x"
+                values = (f"{p['saving']:.2f}x", speed, f"{p['psnr_full'][0]:.1f}")
+                lines.append(f"| {preset} | {' | '.join(values)} | {p['drift_full']:.4f} |")
+    return "\n".join(lines)
+
+
+def gates() -> str:
+    data = read("lazy_gates")
+    if data is None:
+        return f"Gates against the training-free rules: {NOT_MEASURED}."
+    own, off = data["gates"], data["difference"]
+    mean = sum(own["psnr"]) / len(own["psnr"])
+    return (
+        f"The shipped gates skip {own['skipped']:.0%} of the visits at {mean:.1f} dB, "
+        f"{off['mean']:+.1f} dB ({off['low']:+.1f} to {off['high']:+.1f}) beside the best "
+        "training-free rule for sites at equal skips (`benchmarks/lazy_gates.py`). Whole steps "
+        'with the corrector (scope `"model"`) are better still at that cost: see above.'
+    )
+
+
+def overhead() -> str:
+    data = read("overhead")
+    if data is None:
+        return NOT_MEASURED + "."
+    rows = data["forward"]["rows"]
+    parts = [f"{name} {(row['ratio'] - 1) * 100:+.1f} %" for name, row in rows.items()]
+    return (
+        f"an inert seam {data['inert_seam_us']:.2f} µs, a visit {data['visit_us']:.1f} µs. A "
+        "forward of a DiT 12x384 on 256 tokens, beside the plain one, medians of "
+        f"{data['forward']['rounds']} pairs: {'; '.join(parts)}."
+    )
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "lazy_step": lazy_step, "defaults": defaults, "gates": gates, "overhead": overhead
+}  # fmt: skip
+
+
+def filled(text: str) -> str:
+    def fill(match: re.Match[str]) -> str:
+        name, apart = match["name"], "\n" if "\n" in match["old"] else ""
+        return f"<!-- {name} -->{apart}{BLOCKS[name]()}{apart}<!-- /{name} -->"
+
+    names = "|".join(BLOCKS)
+    return re.sub(
+        rf"<!-- (?P<name>{names}) -->(?P<old>.*?)<!-- /(?P=name) -->", fill, text, flags=re.S
+    )
+
+
+def stale() -> Iterator[tuple[Path, str]]:
+    """Pages that do not say what the results say, with what they should."""
+    for path in PAGES:
+        text = path.read_text()
+        if (new := filled(text)) != text:
+            yield path, new
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="compare only")
+    options = parser.parse_args()
+    found = list(stale())
+    for path, text in found:
+        print(path.relative_to(ROOT), file=sys.stderr)
+        if not options.check:
+            path.write_text(text)
+    return int(options.check and bool(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
