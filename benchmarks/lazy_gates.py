@@ -91,8 +91,9 @@ def main() -> None:
     )
     assert equal is not None, "no training-free rule skips as much and as little"
     middle, low, high = plots.interval(np.array(learned) - equal)
+    fitted = {key: gates().artifact.meta[key] for key in ("reused", "samples", "settings")}
     result = {
-        "gates": {"skipped": share, "psnr": learned, "data": gates().artifact.meta["data"]},
+        "gates": {"skipped": share, "psnr": learned, "fitted": fitted},
         "rules": rows,
         "difference": {"mean": middle, "low": low, "high": high},
         "machine": plots.machine(),

@@ -66,9 +66,9 @@ class LazyStep(Policy):
         forward instead of one a site (scope ``"site"``, criterion ``"change"`` or ``"error"``).
     max_cache_bytes: above it the cached values are dropped and the step is computed.
 
-    Without settings: 2.6 times fewer FLOPs at 61.4 dB (drift 0.0022) against the full run of 50 Euler
-    steps, on the model that ships with the demo (benchmarks/results/lazy_step.md, which also has the
-    sweep behind ``predictor``, ``time`` and the presets).
+    Without settings: 2.8 times fewer FLOPs at 60.5 dB (drift 0.003) against the full run of 50
+    Euler steps, on the model that ships with the demo (benchmarks/results/lazy_step.md; the sweep
+    behind ``predictor``, ``time`` and ``quantity`` is lazy_step_sweep.md).
 
     Source: LazyDiT (arXiv 2412.12444) for gates and reuse; the error control is that of an adaptive
     ODE solver.
