@@ -15,7 +15,6 @@ what torch's own FLOP counter sees of a run, never what a contestant says of its
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
 import sys
@@ -53,15 +52,16 @@ LAZY_STEP: tuple[Setting, ...] = (
 LAZY_STEP_SOLVER = LAZY_STEP
 """The same on top of the second-order solver."""
 
-SWEEP: tuple[Setting, ...] = tuple(
-    {"predictor": predictor, "time": axis, "quantity": quantity, **pace}
-    for predictor in ("hold", "linear", "taylor2", "taylor3")
-    for axis in ("sigma", "log_snr")
-    for quantity in ("output", "clean", "noise")
-    for pace in (
-        *({"criterion": "cadence", "every": n, "max_age": n} for n in (2, 3, 5)),
-        *({"criterion": "error", "tolerance": t, "max_age": 8} for t in (0.005, 0.02)),
-    )
+SWEEP: tuple[Setting, ...] = (
+    *(
+        {"predictor": predictor, "time": axis, "quantity": quantity, **pace}
+        for predictor in ("hold", "linear", "taylor2", "taylor3")
+        for axis in ("sigma", "log_snr")
+        for quantity in ("output", "clean", "noise")
+        for pace in ({"criterion": "cadence", "every": 3, "max_age": 3}, {"tolerance": 0.03})
+    ),
+    *({"corrector": False, **pace} for pace in ({"criterion": "cadence", "every": 3}, {})),
+    *({"tolerance": t, "max_age": n} for t in (0.01, 0.02, 0.03, 0.05, 0.08) for n in (1, 2, 8)),
 )
 """What `--settings-sweep` tries."""
 
@@ -172,9 +172,8 @@ def run_plot(lab: Lab, results: Path) -> None:
     report.write(results, about, full, points)
 
 
-def sweep_row(contestant: Contestant, row: dict[str, Any], full: dict[str, Any]) -> dict[str, Any]:
+def sweep_row(row: dict[str, Any], full: dict[str, Any]) -> dict[str, Any]:
     return {
-        "scheduler": contestant.scheduler,
         "setting": row["setting"],
         "saving": full["flops"] / row["flops"],
         "drift": float(np.mean(row["drift_full"])),
@@ -183,25 +182,21 @@ def sweep_row(contestant: Contestant, row: dict[str, Any], full: dict[str, Any])
 
 
 def sweep_table(rows: Sequence[dict[str, Any]], protocol: Protocol) -> str:
-    """Every setting by saving, with a mark at those on the Pareto front of their scheduler."""
+    """Every setting by saving, with a mark at those on a Pareto front."""
     fronts: set[int] = set()
-    for scheduler in ("euler", "dpm"):
-        for name in report.REFERENCES:
-            some = [i for i, row in enumerate(rows) if row["scheduler"] == scheduler]
-            front = plots.pareto([rows[i]["saving"] for i in some], [rows[i][name] for i in some])
-            fronts.update(some[i] for i in front)
+    for name in report.REFERENCES:
+        fronts.update(plots.pareto([r["saving"] for r in rows], [r[name] for r in rows]))
     lines = [
         (
             "●" if i in fronts else "",
-            rows[i]["scheduler"],
             spell(rows[i]["setting"]),
             f"{rows[i]['saving']:.2f}x",
             *(f"{rows[i][name]:.2f}" for name in report.REFERENCES),
             f"{rows[i]['drift']:.4f}",
         )
-        for i in sorted(range(len(rows)), key=lambda i: (rows[i]["scheduler"], rows[i]["saving"]))
+        for i in sorted(range(len(rows)), key=lambda i: rows[i]["saving"])
     ]
-    headers = ("front", "scheduler", "setting", "FLOPs", "dB, full", "dB, converged", "drift, full")
+    headers = ("front", "setting", "FLOPs", "dB, full", "dB, converged", "drift, full")
     first, last = protocol.select
     about = (
         f"LazyStep's settings on seeds {first} to {last - 1}; written by `--settings-sweep`.\n\n"
@@ -210,19 +205,17 @@ def sweep_table(rows: Sequence[dict[str, Any]], protocol: Protocol) -> str:
 
 
 def run_sweep(lab: Lab, results: Path) -> None:
-    """All of `SWEEP` on the selection seeds, for both schedulers: a table, best first."""
+    """All of `SWEEP` on the selection seeds: a table by saving."""
     full = lab.measure(lab.full, {}, lab.protocol.select)
     rows = []
-    jobs = list(
-        itertools.product(lab.contestants[:2], SWEEP[:: 60 if lab.protocol is QUICK else 1])
-    )
-    for contestant, setting in tqdm(jobs, desc="sweep"):
+    contestant = lab.contestants[0]
+    for setting in tqdm(SWEEP[:: 60 if lab.protocol is QUICK else 1], desc="sweep"):
         try:
             row = lab.measure(contestant, setting, lab.protocol.select)
         except (AccelerateHooksError, NotImplementedError) as error:
             tqdm.write(f"{contestant.name}, {spell(setting)}: {error!r}")
             continue
-        rows.append(sweep_row(contestant, row, full))
+        rows.append(sweep_row(row, full))
     results.with_name("lazy_step_sweep.md").write_text(sweep_table(rows, lab.protocol))
 
 
