@@ -22,6 +22,7 @@ from accelerate_hooks.errors import (
     UnsupportedModelError,
 )
 from accelerate_hooks.evaluate import evaluate
+from accelerate_hooks.history import History
 from accelerate_hooks.policy import Policy
 from accelerate_hooks.registry import available_policies
 from accelerate_hooks.session import InertWarning, Session
@@ -42,6 +43,7 @@ __all__ = [
     "ArtifactError",
     "Call",
     "Effect",
+    "History",
     "InertWarning",
     "LazyStep",
     "Policy",

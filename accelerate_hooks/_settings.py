@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import types
@@ -59,7 +60,7 @@ def checked(cls: type[Policy], name: str, value: object) -> Any:
         raise SpecError(
             f"{cls.name} has no field {name!r}{did_you_mean(name, fields)} (its fields: {known})"
         )
-    hint = get_type_hints(cls, localns={"Artifact": Artifact})[name]
+    hint = _hints(cls)[name]
     try:
         return _fit(value, hint)
     except _Misfit:
@@ -70,6 +71,31 @@ def checked(cls: type[Policy], name: str, value: object) -> Any:
         raise SpecError(
             f"{cls.name}.{name} takes {_describe(hint)}, got {value!r}{hinted}"
         ) from None
+
+
+def verify(policy: Policy) -> None:
+    """Check that the settings of a policy are of the types of its fields; integers become floats
+    where the field says so. Raises SpecError."""
+    cls = type(policy)
+    try:
+        hints = _hints(cls)
+    except NameError:  # of a class inside a function, perhaps
+        return
+    for field in dataclasses.fields(policy):
+        value: Any = getattr(policy, field.name)
+        if not field.init or (isinstance(value, float) and math.isnan(value)):
+            continue  # what NaN means is the policy's to say
+        fitted = checked(cls, field.name, value)
+        if isinstance(value, str) and not isinstance(fitted, str):
+            raise SpecError(
+                f"{cls.name}.{field.name} takes {_describe(hints[field.name])}, got {value!r}"
+            )
+        object.__setattr__(policy, field.name, fitted)
+
+
+@functools.cache
+def _hints(cls: type[Policy]) -> dict[str, Any]:
+    return get_type_hints(cls, localns={"Artifact": Artifact})
 
 
 def literal(text: str) -> Any:

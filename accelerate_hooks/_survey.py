@@ -265,6 +265,9 @@ def _never(session: Session, lines: list[Data], totals: Data) -> str | None:
         why.update(line["why_computed"])
     reasons = [f"{reason} ({n} visits)" for reason, n in why.most_common(3)]
     reasons += [f"{r} ({n} runs)" for r, n in session.tally.ambiguous().items()]
+    if session.dropped_for_bytes:
+        times = session.dropped_for_bytes
+        reasons.append(f"max_cache_bytes was passed and what was kept dropped ({times} times)")
     longest = max((s.steps for s in session.tally.recent), default=0)
     if not reasons:
         reasons = [f"the policies chose to compute every visit (longest run: {longest} steps)"]

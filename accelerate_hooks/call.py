@@ -118,8 +118,9 @@ class Call:
         x = tree.stacked(tree.get(out, place))
         if not isinstance(x, torch.Tensor):
             raise UnsupportedModelError(
-                f"{self.site.name}: x in its output is a {type(x).__name__}, not one tensor (or a "
-                "list of tensors of one shape); give inputs of one shape, or leave this site out"
+                f"{self.site.name} of {type(self._frame.root).__name__}: x in its output is a "
+                f"{type(x).__name__}, not one tensor or a list of tensors of one shape; leave this "
+                "site out, or use a policy for its blocks"
             )
         return x, None if other is None else tree.get(out, other)
 
@@ -276,6 +277,16 @@ class Call:
     def note(self, reason: str, **numbers: float) -> None:
         """Say why, for the trace and the report."""
         self._frame.note(self.site, reason, numbers)
+
+    def remark(self, text: str) -> None:
+        """Say, once a session, a line of the report."""
+        self._frame.session.say(text)
+
+    def settle(self) -> None:
+        """Make sure that this block's port and stack are known: where no forward was watched yet,
+        one goes before this."""
+        if not self.site.port.confirmed and self._frame.watch is not None:
+            raise flow.Unsure
 
     def inert(self, reason: str) -> None:
         """Say, once a session, that the policy can do nothing here: a line in the report, and a

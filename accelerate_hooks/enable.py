@@ -13,7 +13,7 @@ from accelerate_hooks import env
 from accelerate_hooks.conflicts import check as check_conflicts
 from accelerate_hooks.errors import AlreadyEnabledError, SpecError, UnsupportedModelError
 from accelerate_hooks.frame import Root
-from accelerate_hooks.listen import cache_context, loop, scheduler_step, set_timesteps
+from accelerate_hooks.listen import cache_context, follow_scheduler, loop
 from accelerate_hooks.opaque import opaque_members
 from accelerate_hooks.patch import Pipeline
 from accelerate_hooks.policy import Policy
@@ -51,6 +51,8 @@ def enable(
     addressed = list(_addressed(policy, only))
     if not addressed:
         raise SpecError("no policy was given; accelerate_hooks.available_policies() lists them")
+    if only is not None and not isinstance(only, str):
+        raise SpecError(f"only={only!r} is a {type(only).__name__}; give a glob on site paths")
     if audit is not None and (type(audit) is not int or audit < 1):
         raise SpecError(f"audit={audit!r} is out of range; give an integer of at least 1, or None")
     models = _models(target)
@@ -71,7 +73,7 @@ def enable(
     _refuse_ranks(roots, addressed)
     session = Session(roots, addressed, plan, notes, audit)
     session.strict = strict
-    session.scheduler = models.scheduler
+    session.scheduler_now = models.scheduler_now
     for item in addressed:
         notes.extend(item.policy.check(session))
     try:
@@ -128,7 +130,7 @@ def _models(target: Any) -> Pipeline:
             "model itself"
         )
     models = {name: _uncompiled(model) for name, model in pipeline.models.items()}
-    return Pipeline(models, pipeline.scheduler)
+    return Pipeline(models, pipeline.scheduler, pipeline.scheduler_now)
 
 
 def _uncompiled(model: nn.Module) -> nn.Module:
@@ -243,8 +245,7 @@ def _install(
             if plan[site] and site.kind == "loop":
                 ledger.override(Override(root.model, site.path, loop(session, site)))
     if models.scheduler is not None:
-        ledger.override(Override(models.scheduler, "set_timesteps", set_timesteps(session)))
-        ledger.override(Override(models.scheduler, "step", scheduler_step(session)))
+        follow_scheduler(session, models.scheduler)
 
 
 def _inert_session(models: Pipeline, addressed: list[Addressed]) -> Session:

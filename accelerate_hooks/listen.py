@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate_hooks.opaque import opaque_functions
 from accelerate_hooks.recognise import Schedule
 from accelerate_hooks.run import Run
+from accelerate_hooks.seam import Override
 from accelerate_hooks.site import Site
 
 if TYPE_CHECKING:
@@ -32,27 +33,42 @@ def set_timesteps(session: Session) -> Any:
 
     def handler(override: Any, args: Any, kwargs: Any) -> Any:
         result = override.original(*args, **kwargs)
-        total = len(override.owner.timesteps)
-        run = Run(signal="scheduler", total=total)
-        before = session.schedules.current.get()
-        if before is not None:
-            before.run.ended = True
-            before.run.clear()
-        patch = session.roots[0].patch
-        scheduler = override.owner
-        session.schedules.current.set(
-            Schedule(
-                run,
-                total,
-                weakref.ref(scheduler),
-                patch.noise(scheduler),
-                patch.prediction(scheduler),
-                patch.strides(scheduler),
-            )
-        )
+        begin(session, override.owner)
         return result
 
     return handler
+
+
+def begin(session: Session, scheduler: Any) -> None:
+    """A run of ``scheduler``, whose timesteps are set, starts in this context."""
+    before = session.schedules.current.get()
+    if before is not None:
+        before.run.ended = True
+        before.run.clear()
+    total, patch = len(scheduler.timesteps), session.roots[0].patch
+    session.schedules.current.set(
+        Schedule(
+            Run(signal="scheduler", total=total),
+            total,
+            weakref.ref(scheduler),
+            patch.noise(scheduler),
+            patch.prediction(scheduler),
+            patch.strides(scheduler),
+        )
+    )
+
+
+def follow_scheduler(session: Session, scheduler: Any) -> bool:
+    """Hear of ``scheduler`` from now on: the pipeline's, also one that it was given later. Whether
+    its timesteps are set already."""
+    session.scheduler = scheduler
+    if not (hasattr(scheduler, "set_timesteps") and hasattr(scheduler, "step")):
+        return False
+    if not isinstance(vars(scheduler).get("step"), Override):
+        ledger = session.ledger
+        ledger.override(Override(scheduler, "set_timesteps", set_timesteps(session)))
+        ledger.override(Override(scheduler, "step", scheduler_step(session)))
+    return getattr(scheduler, "timesteps", None) is not None
 
 
 def scheduler_step(session: Session) -> Any:

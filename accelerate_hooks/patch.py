@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from accelerate_hooks.site import Site, TokenLayout
-
-if TYPE_CHECKING:
-    pass
 
 
 class Patch:
@@ -58,11 +55,17 @@ class Patch:
 
 
 class Pipeline:
-    """What a multi-model target offers: its denoisers and its scheduler."""
+    """What a multi-model target offers: its denoisers and its scheduler, which may be replaced."""
 
-    def __init__(self, models: dict[str, nn.Module], scheduler: Any) -> None:
+    def __init__(
+        self,
+        models: dict[str, nn.Module],
+        scheduler: Any,
+        scheduler_now: Callable[[], Any] | None = None,
+    ) -> None:
         self.models = models
         self.scheduler = scheduler
+        self.scheduler_now = scheduler_now or (lambda: scheduler)
 
 
 def named_blocks(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:

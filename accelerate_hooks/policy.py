@@ -19,12 +19,18 @@ class Policy:
     """Settings and one decision method. Subclasses are frozen keyword-only dataclasses.
 
     An instance holds nothing of a generation (that lives in ``call.slot``), so one may serve many
-    models and threads. Validate settings in ``__post_init__`` with `require`.
+    models and threads. Types of settings are checked here; validate the rest in ``__post_init__``
+    (call ``super().__post_init__()`` first) with `require`.
     """
 
     name: ClassVar[str]
     trains: ClassVar[bool] = False
     """Whether the policy may act with gradients on or in training mode."""
+
+    def __post_init__(self) -> None:
+        from accelerate_hooks._settings import verify
+
+        verify(self)
 
     @property
     def kinds(self) -> tuple[Kind, ...]:

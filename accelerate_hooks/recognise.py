@@ -15,17 +15,48 @@ In doubt a forward starts a clean run.
 from __future__ import annotations
 
 import contextvars
+import sys
+import threading
 import weakref
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
 from accelerate_hooks.opaque import opaque_functions
 from accelerate_hooks.run import Run
 from accelerate_hooks.stand_in import follow, unfollow
+
+T = TypeVar("T")
+
+
+class Own(Generic[T]):
+    """A context variable that only the thread and asyncio task which set it see: a child inherits
+    its parent's context, but is no part of its parent's generation."""
+
+    def __init__(self, name: str) -> None:
+        self._held: contextvars.ContextVar[Any] = contextvars.ContextVar(name, default=None)
+
+    def get(self) -> T | None:
+        held = self._held.get()
+        if held is None or held[0] != threading.get_ident():
+            return None
+        task = _task()
+        return held[2] if (None if held[1] is None else held[1]()) is task else None
+
+    def set(self, value: T) -> None:
+        task = _task()
+        kept = None if task is None else weakref.ref(task)
+        self._held.set((threading.get_ident(), kept, value))
+
+
+def _task() -> Any:
+    asyncio = sys.modules.get("asyncio")
+    if asyncio is None or asyncio._get_running_loop() is None:
+        return None
+    return asyncio.current_task()
 
 
 @dataclass(eq=False)
@@ -113,9 +144,7 @@ class Recogniser:
     """The run of each forward of one model in one session."""
 
     def __init__(self) -> None:
-        self._trail: contextvars.ContextVar[Trail | None] = contextvars.ContextVar(
-            "accelerate_hooks_trail", default=None
-        )
+        self._trail: Own[Trail] = Own("accelerate_hooks_trail")
         self._by_cache: weakref.WeakKeyDictionary[Any, Run] = weakref.WeakKeyDictionary()
         self._trails: weakref.WeakSet[Trail] = weakref.WeakSet()
 
@@ -375,9 +404,7 @@ class Schedules:
     """The current `Schedule` of each context, and the run that the user declared, if any."""
 
     def __init__(self) -> None:
-        self.current: contextvars.ContextVar[Schedule | None] = contextvars.ContextVar(
-            "accelerate_hooks_schedule", default=None
-        )
+        self.current: Own[Schedule] = Own("accelerate_hooks_schedule")
         self.explicit: contextvars.ContextVar[Run | None] = contextvars.ContextVar(
             "accelerate_hooks_explicit", default=None
         )

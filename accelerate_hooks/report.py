@@ -57,7 +57,7 @@ class Report:
         """Write ``.json`` (`to_dict`), ``.html`` (self-contained) or ``.png`` (the heat map of
         steps and sites; needs matplotlib).
 
-        Raises ReportError for another suffix, or without matplotlib.
+        Raises ReportError for another suffix, a folder that is not there, or without matplotlib.
         """
         path = Path(path)
         make = _FORMATS.get(path.suffix.lower())
@@ -66,6 +66,8 @@ class Report:
                 f"{path.name!r}: a report is saved as {', '.join(_FORMATS)}; give one of these "
                 "suffixes"
             )
+        if not path.parent.is_dir():
+            raise ReportError(f"{path}: there is no folder {path.parent}; make it first")
         write_atomically(path, make(self._data))
         return path
 

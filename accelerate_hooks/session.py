@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import warnings
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +15,10 @@ from accelerate_hooks import flow, shorter, stand_in, tree
 from accelerate_hooks.attention import AttentionMode, joint_length
 from accelerate_hooks.audit import Audit
 from accelerate_hooks.call import Call
-from accelerate_hooks.errors import UnsupportedModelError
+from accelerate_hooks.errors import SpecError, UnsupportedModelError
 from accelerate_hooks.flops import FlopMode, can_count
 from accelerate_hooks.frame import FRAME, HEADING, PLAIN_INSIDE, Frame, Root
+from accelerate_hooks.listen import begin, follow_scheduler
 from accelerate_hooks.opaque import opaque_functions
 from accelerate_hooks.patch import Patch
 from accelerate_hooks.place import cache_of, length_of, step_of
@@ -76,6 +77,7 @@ class Session:
         self._reach: dict[Site, Any] = {}
         self._trains = bool(policies) and all(policy.trains for policy in policies)
         self.scheduler: Any = None
+        self.scheduler_now: Callable[[], Any] = lambda: self.scheduler
         self.private_key: str | None = None
 
     # -- the user's side ---------------------------------------------------------------------
@@ -130,6 +132,8 @@ class Session:
     @contextmanager
     def run(self, total: int | None = None) -> Generator[Run]:
         """Say that the forwards inside are one generation (of ``total`` steps)."""
+        if total is not None and (type(total) is not int or total < 1):
+            raise SpecError(f"total={total!r} is out of range; give a number of steps, or None")
         with self.schedules.declared(total) as run:
             yield run
 
@@ -245,6 +249,12 @@ class Session:
             return seam.original(*args, **kwargs)
         root = self.root(site.module)
         arguments = dict(zip(site.port.parameters, args, strict=False)) | kwargs
+        scheduler = self.scheduler_now()
+        if (
+            scheduler is not self.scheduler and scheduler is not None
+        ):  # the pipeline was given another
+            follow_scheduler(self, scheduler)
+            begin(self, scheduler)
         step = step_of(root, self.schedules, arguments)
         frame = Frame(self, root, step, FRAME.get(), arguments)
         x = arguments.get(site.port.x)
@@ -338,17 +348,26 @@ class Session:
                 continue
             mine = [key for key, slot in run.slots.items() if slot.policy == index]
             if sum(tree.nbytes(run.slots[key].value) for key in mine) > cap:
+                self.say_inert(
+                    f"{policy.name}: what it keeps of a run passes max_cache_bytes={cap} and is "
+                    "dropped; give more, or a narrower scope"
+                )
                 for key in mine:
                     del run.slots[key]
                 self.dropped_for_bytes += 1
 
+    def say(self, text: str) -> bool:
+        """A line in the report, once; whether this is the first time."""
+        first = text not in self._warned
+        if first:
+            self._warned.add(text)
+            self.notes.append(text)
+        return first
+
     def say_inert(self, why: str) -> None:
         """A line in the report, and, where the session is strict, a warning; once."""
-        if why not in self._warned:
-            self._warned.add(why)
-            self.notes.append(why)
-            if self.strict:
-                warnings.warn(why, InertWarning, stacklevel=2)
+        if self.say(why) and self.strict:
+            warnings.warn(why, InertWarning, stacklevel=2)
 
     def is_paused(self) -> bool:
         return not self._active or _PAUSED.get()

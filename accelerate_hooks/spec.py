@@ -149,8 +149,9 @@ class _Reader:
         if (text := self.quoted()) is not None:
             return text
         word = self.match(WORD) or self.fail("a value is expected; the empty one is ''")
-        if CUT_EXPONENT.fullmatch(word) and self.spec.startswith("+", self.at):
-            self.fail(f"write {word}16 or '{word}+16' for {word}+16: a + outside quotes joins")
+        if CUT_EXPONENT.fullmatch(word) and (rest := re.match(r"\+(\d+)", self.spec[self.at :])):
+            n = rest[1]
+            self.fail(f"write {word}{n} or '{word}+{n}' for {word}+{n}: a + outside quotes joins")
         return literal(word)
 
     def glob(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import weakref
 from typing import Any
 
 from torch import nn
@@ -77,4 +78,7 @@ def pipeline_of(target: Any) -> Pipeline | None:
         return None
     scheduler = target.scheduler
     usable = hasattr(scheduler, "set_timesteps") and hasattr(scheduler, "step")
-    return Pipeline(models, scheduler if usable else None)
+    known = weakref.ref(target)
+    return Pipeline(
+        models, scheduler if usable else None, lambda: getattr(known(), "scheduler", None)
+    )

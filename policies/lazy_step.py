@@ -58,7 +58,8 @@ class LazyStep(Policy):
         ``"noise"`` and back (scope ``"model"`` with a known scheduler).
     tolerance, threshold, every, max_age: by ``preset`` where not given; ``max_age`` bounds the
         steps that in a row go without computing.
-    warmup, cooldown: the first and last steps, always computed.
+    warmup, cooldown: the first and last steps, always computed (the last ones where it is known how
+        many there are: a pipeline, a view of a schedule's timesteps, ``session.run(total)``).
     corrector: at the next computed step, take back what the skipped ones were off by, as far as
         that step shows (scope ``"model"``, first-order solvers such as Euler and DDIM).
     metric: how ``"change"`` is measured, relative ``"l1"`` distance or ``"cosine"`` distance.
@@ -95,6 +96,7 @@ class LazyStep(Policy):
     artifact: Artifact | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, allowed in _CHOICES.items():
             wanted = f"one of {', '.join(map(repr, allowed))}"
             self.require(name, getattr(self, name) in allowed, wanted)
@@ -112,6 +114,10 @@ class LazyStep(Policy):
         self.require("max_cache_bytes", ok, "a positive number of bytes")
         ok = self.criterion != "gates" or self.scope == "site"
         self.require("scope", ok, "scope='site': criterion='gates' has one gate a site")
+        ok = self.quantity == "output" or self.scope == "model"
+        self.require("quantity", ok, "'output', or scope='model' with it")
+        ok = self.metric == "l1" or self.criterion == "change"
+        self.require("metric", ok, "'l1', or criterion='change' with it")
         ok = self.scope == "site" and self.criterion in ("change", "error")
         wanted = "False, or scope='site' and criterion='change' or 'error' with it"
         self.require("lagged", ok or not self.lagged, wanted)
@@ -251,7 +257,11 @@ class LazyStep(Policy):
                 state.owed.append((time, call.step.stride))
             return call.skip(*self._from(call, history.predict(time)))
         out = call.proceed()
-        values = self._to(call, call.outputs(out))
+        try:
+            values = self._to(call, call.outputs(out))
+        except UnsupportedModelError as error:  # a list of residuals, as ControlNets give
+            call.inert(f"lazy_step: nothing is reused: {error}")
+            return out
         corrected = self._corrected(call, state, time, values, out)
         self._learn(call, pace, history, time, values)
         return corrected
@@ -287,8 +297,7 @@ class LazyStep(Policy):
             out = call.proceed()
             self._decide(call, pace, minus(call.outputs(out), (call.x, call.context)))
             return out
-        if not call.site.port.confirmed:
-            return call.proceed()  # the first forward of all: stacks are not known yet
+        call.settle()
         states: list[State] = call.slot(list, scope="stack", rows=True)
         if not states:
             states.extend(self._segments(call))
@@ -373,9 +382,17 @@ class LazyStep(Policy):
         return step.total is None or step.index < step.total - self.cooldown
 
     def _tell_too_few(self, call: Call) -> None:
-        """At the first step: say it if none of the steps there are can be left out."""
+        """At the first step: say it if none of the steps there are can be left out, or if nobody
+        knows which are the last."""
         total = call.step.total
-        if call.step.index or total is None or self.setting("max_age") == 0:
+        if call.step.index or self.setting("max_age") == 0:
+            return
+        if total is None:
+            if self.cooldown:
+                call.remark(
+                    "lazy_step: the number of steps is not known, so the last ones are reused like "
+                    "any; enable the pipeline with its scheduler, or use session.run(total)"
+                )
             return
         first = max(self.warmup, _ORDER[self.predictor] + 1 + (self.criterion == "error"))
         if total - self.cooldown <= first:

@@ -18,7 +18,8 @@ from torch import nn
 from accelerate_hooks import available_policies
 from accelerate_hooks._survey import versions
 from accelerate_hooks._table import shortened
-from accelerate_hooks.errors import AccelerateHooksError, UnsupportedModelError
+from accelerate_hooks.enable import enable
+from accelerate_hooks.errors import AccelerateHooksError, ArtifactError, UnsupportedModelError
 from accelerate_hooks.policy import Policy
 from accelerate_hooks.registry import patch_for
 from accelerate_hooks.site import Site
@@ -182,6 +183,9 @@ def site_list(name: str, model: nn.Module, spec: str | None, each: bool) -> list
     lines = [f"{head}, {size / 1e6:,.1f} M parameters, {len(sites)} sites"]
     for why in dict.fromkeys(filter(None, map(patch.refuses, sites))):
         lines += textwrap.wrap(f"blocks are not skipped: {why}", _WIDTH, initial_indent="  ")
+    for policy, why in _refused(model, policies).items():
+        del policies[policy]
+        lines += textwrap.wrap(f"{policy} is refused: {why}", _WIDTH, initial_indent="  ")
     groups: dict[tuple[str, str], list[Site]] = {}
     for site in sites:
         where = (
@@ -207,6 +211,17 @@ def site_list(name: str, model: nn.Module, spec: str | None, each: bool) -> list
         lines.append("policies: those that act under default settings; --policy SPEC shows others")
     lines.append('where: as only= of enable() takes it, in quotes: only="..."')
     return lines
+
+
+def _refused(model: nn.Module, policies: dict[str, Policy]) -> dict[str, str]:
+    """Policies that `enable` does not let act on this model, and why."""
+    found: dict[str, str] = {}
+    for name, policy in policies.items():
+        try:
+            enable(model, policy).disable()
+        except (UnsupportedModelError, ArtifactError) as error:
+            found[name] = str(error)
+    return found
 
 
 def _policies(spec: str | None) -> dict[str, Policy]:

@@ -87,6 +87,13 @@ def test_inspect_a_pipeline_s_folder(capsys: Captured, tmp_path: Path) -> None:
     assert "transformer: FluxTransformer2DModel" in text
 
 
+@pytest.mark.parametrize("name", ["AutoencoderKL", "LlamaForCausalLM"])
+def test_inspect_shows_what_enable_refuses(capsys: Captured, name: str) -> None:
+    said = inspect(capsys, name)
+    assert "lazy_step is refused" in said and "takes no timestep" in said
+    assert not [line for line in said.splitlines() if line.endswith("  lazy_step")]
+
+
 def test_inspect_says_what_is_wrong(capsys: Captured, tmp_path: Path) -> None:
     assert "did you mean FluxTransformer2DModel" in refused(capsys, "FluxTransformer2DModl")
     assert "no config.json" in refused(capsys, str(tmp_path))

@@ -5,6 +5,7 @@ import contract
 import pytest
 import torch
 from diffusers import (
+    ControlNetModel,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     FluxTransformer2DModel,
@@ -110,6 +111,40 @@ def test_only_is_a_glob(model):
         assert all(session.record(site).skipped for site in session.sites)
         skipped = {r.site.path for r in session.records.values() if r.skipped}
         assert skipped == {"transformer_blocks.1", "transformer_blocks.2"}
+
+
+@pytest.mark.parametrize("only", [5, ["a"], b"x"])
+def test_only_is_text(model, only):
+    with pytest.raises(SpecError, match="glob"):
+        enable(model, LazyStep(), only=only)
+
+
+@pytest.mark.parametrize("total", ["8", -1, 0, 2.5, True])
+def test_a_run_has_a_whole_number_of_steps(model, total):
+    with (
+        enable(model, LazyStep()) as session,
+        pytest.raises(SpecError, match="number of steps"),
+        session.run(total),
+    ):
+        pass
+
+
+def test_outputs_that_are_no_tensor_are_left_alone():
+    """A ControlNet gives lists of residuals."""
+    model = ControlNetModel(
+        in_channels=4, block_out_channels=(16, 32), layers_per_block=1, attention_head_dim=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), cross_attention_dim=16,
+        norm_num_groups=4, conditioning_embedding_out_channels=(8, 8),
+    ).eval()  # fmt: skip
+    x, context, picture = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 16), torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        plain = model(x, torch.tensor(5), context, picture)
+        for policy in (LazyStep.exact(), LazyStep()):
+            with enable(model, policy) as session, pytest.warns(ah.InertWarning, match="list"):
+                got = model(x, torch.tensor(5), context, picture)
+            assert "nothing is reused" in str(session.report())
+            pairs = zip(got[0], plain[0], strict=True)
+            assert torch.equal(got[1], plain[1]) and all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_a_recipe_of_a_session_acts_where_it_acted(model, tmp_path):

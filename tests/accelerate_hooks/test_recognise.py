@@ -1,5 +1,6 @@
 """Which run and branch a forward belongs to: the patterns of real loops, four of them limits."""
 
+import asyncio
 import gc
 import threading
 import weakref
@@ -54,6 +55,58 @@ def step(model, time, shape=SMALL, labels=None, x=None):
         time = torch.tensor([time] * shape[0])
     with torch.no_grad():
         return model(x, time, class_labels=labels, return_dict=False)[0]
+
+
+def walk(model, seed, times):
+    """A small generation: all outputs."""
+    x = torch.randn(SMALL, generator=torch.Generator().manual_seed(seed))
+    labels, outs = torch.tensor([seed, seed + 1]), []
+    for time in times:
+        yield
+        outs.append(step(model, time, labels=labels, x=x)[:, :4])
+        x = x - 0.1 * outs[-1]
+    return outs
+
+
+def finish(generation):
+    while True:
+        try:
+            next(generation)
+        except StopIteration as end:
+            return end.value
+
+
+@pytest.mark.parametrize("scope", ["model", "stack", "site"])
+@pytest.mark.parametrize("way", ["tasks", "threads"])
+def test_children_of_a_context_that_has_run_start_clean(model, scope, way):
+    """A task or worker inherits its parent's context variables, not its run."""
+    policy = LazyStep(scope=scope, criterion="cadence", every=2, warmup=2, cooldown=0)
+    plans = [(1, range(900, 400, -50)), (2, range(880, 380, -50))]
+
+    async def task(plan):
+        if way == "threads":
+            return await asyncio.to_thread(lambda: finish(walk(model, *plan)))
+        generation = walk(model, *plan)
+        while True:
+            try:
+                next(generation)
+            except StopIteration as end:
+                return end.value
+            await asyncio.sleep(0)
+
+    async def together():
+        return await asyncio.gather(*map(task, plans))
+
+    wanted = []
+    for plan in plans:
+        with ah.enable(model, policy):
+            wanted.append(finish(walk(model, *plan)))
+    with ah.enable(model, policy) as session:
+        step(model, 950)
+        got = asyncio.run(together())
+        assert any(entry.action == "skip" for entry in session.trace)
+    for a, b in zip(got, wanted, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def runs():

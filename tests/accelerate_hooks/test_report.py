@@ -495,3 +495,8 @@ class SecondHalf(Every):
 def test_a_wrong_audit(dit: Any, wrong: Any) -> None:
     with pytest.raises(SpecError, match="audit"):
         enable(dit, Every(), audit=wrong)
+
+
+def test_a_report_names_a_folder_that_is_not_there(dit, tmp_path):
+    with enable(dit, Every()) as session, pytest.raises(AccelerateHooksError, match="no folder"):
+        session.report().save(tmp_path / "nowhere" / "r.json")

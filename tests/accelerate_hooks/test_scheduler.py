@@ -142,6 +142,34 @@ def test_image_to_image_enters_the_schedule_late(pipe):
         assert schedule.level() == pytest.approx((1 - float(sigmas[6]), float(sigmas[6])))
 
 
+@pytest.mark.parametrize("scope", ["model", "stack", "site"])
+def test_a_run_does_not_depend_on_the_runs_before_it(pipe, scope):
+    policy = LazyStep(scope=scope, criterion="cadence", every=3, warmup=2, cooldown=1)
+    with ah.enable(pipe, policy) as session:
+        first = generate(pipe, steps=10)
+        one = len([e for e in session.trace if e.action == "skip"])
+        assert torch.equal(generate(pipe, steps=10), first)
+        assert len([e for e in session.trace if e.action == "skip"]) == 2 * one > 0
+
+
+def test_a_scheduler_given_later_is_followed(pipe):
+    before = pipe.scheduler
+    other = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    policy = LazyStep(criterion="cadence", every=4, cooldown=3)
+    with ah.enable(pipe, policy) as session:
+        pipe.scheduler = other
+        for _ in range(2):
+            got = generate(pipe, steps=12)
+        assert set(session.tally.signals()) == {"scheduler"}
+        assert max(e.step for e in session.trace if e.action == "skip") == 8
+        pipe.scheduler = before
+        generate(pipe, steps=12)
+        pipe.scheduler = other
+    assert not {"set_timesteps", "step"} & (vars(other).keys() | vars(before).keys())
+    with ah.enable(pipe, policy):
+        assert torch.equal(generate(pipe, steps=12), got)
+
+
 def test_threads_and_tasks_keep_apart(pipe):
     def twin():
         """A pipeline of its own around the same transformer, as servers do."""

@@ -553,11 +553,14 @@ def test_a_nan_stays_in_its_run(dit, scope, criterion):
         {"scope": "block"}, {"every": 0}, {"max_age": -1}, {"warmup": -1}, {"cooldown": -1},
         {"tolerance": math.nan}, {"threshold": -0.1}, {"tolerance": math.inf},
         {"max_cache_bytes": 0}, {"preset": "fastest"}, {"predictor": "cubic"},
-        {"lagged": True}, {"criterion": "gates"},
+        {"lagged": True}, {"criterion": "gates"}, {"metric": "cosine"},
+        {"quantity": "clean", "scope": "stack"}, {"every": "3"}, {"every": 2.5}, {"every": True},
+        {"warmup": 1.5}, {"max_age": math.inf}, {"tolerance": "x"}, {"corrector": "no"},
+        {"lagged": "yes"}, {"artifact": 3}, {"max_cache_bytes": "1GB"},
     ],
 )  # fmt: skip
 def test_settings_out_of_range_are_refused_by_name(wrong):
-    with pytest.raises(SpecError, match=f"lazy_step: .*({'|'.join([*wrong, 'scope'])})"):
+    with pytest.raises(SpecError, match=f"lazy_step.*({'|'.join([*wrong, 'scope'])})"):
         LazyStep(**wrong)
 
 
@@ -596,3 +599,12 @@ def test_too_few_steps_are_said_once():
         with session.run(4):
             model(torch.ones(1, 2), torch.tensor([0.1]))
         assert sum("too few" in note for note in session.notes) == 1
+
+
+def test_an_unknown_end_is_said_once():
+    model = Curve(math.sin).eval()
+    with torch.no_grad(), ah.enable(model, LazyStep(criterion="cadence")) as session:
+        for _ in range(2):
+            with session.run():
+                model(torch.ones(1, 2), torch.tensor([0.1]))
+        assert sum("number of steps is not known" in note for note in session.notes) == 1
