@@ -51,7 +51,7 @@ def enable(
     addressed = list(_addressed(policy, only))
     if not addressed:
         raise SpecError("no policy was given; accelerate_hooks.available_policies() lists them")
-    if only is not None and not isinstance(only, str):
+    if only is not None and type(only) is not str:
         raise SpecError(f"only={only!r} is a {type(only).__name__}; give a glob on site paths")
     if audit is not None and (type(audit) is not int or audit < 1):
         raise SpecError(f"audit={audit!r} is out of range; give an integer of at least 1, or None")

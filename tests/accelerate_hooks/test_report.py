@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny_models import TINY
 
-from accelerate_hooks import Effect, Policy, SpecError, enable
+from accelerate_hooks import Effect, InertWarning, Policy, SpecError, enable
 from accelerate_hooks._heatmap import grid
 from accelerate_hooks.errors import AccelerateHooksError
 from accelerate_hooks.site import Site
@@ -240,7 +240,8 @@ def test_an_ambiguous_run_says_why(dit: Any) -> None:
 
 def test_a_cap_that_was_hit(dit: Any) -> None:
     with enable(dit, Every(keep=1000, max_cache_bytes=2000)) as session:
-        generate(dit, steps=3)
+        with pytest.warns(InertWarning, match="max_cache_bytes=2000"):
+            generate(dit, steps=3)
         caches = session.report().to_dict()["caches"]
     assert caches["cap_hit"] > 0
     assert caches["bytes_peak"] >= 4000
