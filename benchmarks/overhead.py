@@ -128,10 +128,22 @@ def contestants() -> dict[str, Callable[[nn.Module], Any]]:
     }
 
 
+class Paused:
+    """The same model, computing plainly."""
+
+    def __init__(self, loop: Loop, session: Any) -> None:
+        self.loop, self.session = loop, session
+
+    def forward(self) -> float:
+        with self.session.paused():
+            return self.loop.forward()
+
+
 def forwards(rounds: int) -> dict[str, Any]:
-    """Interleaved forwards: plain, A, plain, B, ... in one process."""
+    """Interleaved forwards, in pairs with the plain model, in one process."""
     plain = Loop(dit())
     made: dict[str, Loop] = {}
+    sessions: dict[str, Any] = {}
     failed: dict[str, str] = {}
     visits: dict[str, int] = {}
     with ExitStack() as stack, torch.no_grad():
@@ -144,7 +156,7 @@ def forwards(rounds: int) -> dict[str, Any]:
             except Exception as error:  # a peer's own failure is a result, not ours
                 failed[name] = f"{type(error).__name__}: {error}"[:200]
                 continue
-            made[name] = loop
+            made[name], sessions[name] = loop, session
             if session is not None:
                 before = sum(r.computed for r in session.records.values())
                 loop.forward()
@@ -153,10 +165,13 @@ def forwards(rounds: int) -> dict[str, Any]:
             plain.forward()
         times: dict[str, list[float]] = {name: [] for name in made}
         base: dict[str, list[float]] = {name: [] for name in made}
-        for _ in range(rounds):
+        for turn in range(rounds):
             for name, loop in made.items():
-                base[name].append(plain.forward())
-                times[name].append(loop.forward())
+                # Ours against itself, paused: copies of the weights differ by several percent.
+                bare = plain if sessions[name] is None else Paused(loop, sessions[name])
+                pair = [(base[name], bare), (times[name], loop)]
+                for taken, one in pair if turn % 2 else pair[::-1]:
+                    taken.append(one.forward())
     every = [t for taken in base.values() for t in taken]
     quartiles = statistics.quantiles(every, n=4)
     rows = {}
@@ -165,6 +180,7 @@ def forwards(rounds: int) -> dict[str, Any]:
         extra = [t - b for t, b in zip(times[name], base[name], strict=True)]
         rows[name] = {
             "ratio": statistics.median(ratios),
+            "floor_ratio": min(times[name]) / min(base[name]),
             "extra_us": statistics.median(extra) * 1e6,
             "visits": visits.get(name),
         }
