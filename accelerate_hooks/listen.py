@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from accelerate_hooks.opaque import opaque_functions
-from accelerate_hooks.recognise import Schedule
 from accelerate_hooks.run import Run
+from accelerate_hooks.schedule import Schedule
 from accelerate_hooks.seam import Override
 from accelerate_hooks.site import Site
 

@@ -9,8 +9,9 @@ import torch
 from accelerate_hooks import stand_in, tree
 from accelerate_hooks.frame import Root
 from accelerate_hooks.opaque import opaque_functions
-from accelerate_hooks.recognise import Clock, Schedules
+from accelerate_hooks.recognise import Clock
 from accelerate_hooks.run import Run, Step
+from accelerate_hooks.schedule import Schedules
 
 
 def step_of(root: Root, schedules: Schedules, arguments: dict[str, Any]) -> Step:

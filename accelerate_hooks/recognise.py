@@ -14,49 +14,18 @@ In doubt a forward starts a clean run.
 
 from __future__ import annotations
 
-import contextvars
-import sys
-import threading
 import weakref
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 
 from accelerate_hooks.opaque import opaque_functions
+from accelerate_hooks.own import Own
 from accelerate_hooks.run import Run
+from accelerate_hooks.schedule import Schedule
 from accelerate_hooks.stand_in import follow, unfollow
-
-T = TypeVar("T")
-
-
-class Own(Generic[T]):
-    """A context variable that only the thread and asyncio task which set it see: a child inherits
-    its parent's context, but is no part of its parent's generation."""
-
-    def __init__(self, name: str) -> None:
-        self._held: contextvars.ContextVar[Any] = contextvars.ContextVar(name, default=None)
-
-    def get(self) -> T | None:
-        held = self._held.get()
-        if held is None or held[0] != threading.get_ident():
-            return None
-        task = _task()
-        return held[2] if (None if held[1] is None else held[1]()) is task else None
-
-    def set(self, value: T) -> None:
-        task = _task()
-        kept = None if task is None else weakref.ref(task)
-        self._held.set((threading.get_ident(), kept, value))
-
-
-def _task() -> Any:
-    asyncio = sys.modules.get("asyncio")
-    if asyncio is None or asyncio._get_running_loop() is None:
-        return None
-    return asyncio.current_task()
 
 
 @dataclass(eq=False)
@@ -225,10 +194,9 @@ class Recogniser:
     ) -> tuple[Run, int, str, str]:
         if trail is None or trail.run.broken or trail.run.ended or trail.shape != shape:
             trail = None
-        elif clock is None or trail.clock is None:
+        if clock is None or trail is None or trail.clock is None:
             trail = None  # no time at all: nothing tells one generation from the next
-        if trail is not None:
-            assert clock is not None and trail.clock is not None
+        else:
             direction = trail.clock.direction_to(clock)
             if direction is None or (direction and direction * trail.direction < 0):
                 trail = None
@@ -359,69 +327,6 @@ def _end_with(trail: Trail) -> Callable[[Any], None]:
 def _shape_tag(trail: Trail, shape: Any) -> str:
     """Within a run that somebody declared, other shapes are other branches."""
     return "" if shape == trail.shape else f" {shape[0]}"
-
-
-@dataclass(eq=False)
-class Schedule:
-    """What a hooked scheduler told in this context: a run from ``set_timesteps`` to the last
-    ``step``. ``begin`` is where an image-to-image pipeline enters the schedule."""
-
-    run: Run
-    total: int
-    scheduler: weakref.ref[Any]
-    noise: list[tuple[float, float]] = field(default_factory=list)
-    prediction: str | None = None
-    strides: list[float] = field(default_factory=list)
-    index: int = 0
-
-    @property
-    def begin(self) -> int:
-        return getattr(self.scheduler(), "begin_index", None) or 0
-
-    def left(self) -> int:
-        """Steps of this run."""
-        return self.total - self.begin
-
-    def restart(self) -> None:
-        self.run = Run(signal="scheduler", total=self.left())
-
-    def level(self) -> tuple[float, float] | None:
-        place = self.begin + self.index
-        return self.noise[place] if place < len(self.noise) else None
-
-    def stride(self) -> float | None:
-        place = self.begin + self.index
-        return self.strides[place] if place < len(self.strides) else None
-
-    def step(self) -> None:
-        self.index += 1
-        if self.index >= self.left():
-            self.run.ended = True
-            self.run.clear()
-
-
-class Schedules:
-    """The current `Schedule` of each context, and the run that the user declared, if any."""
-
-    def __init__(self) -> None:
-        self.current: Own[Schedule] = Own("accelerate_hooks_schedule")
-        self.explicit: contextvars.ContextVar[Run | None] = contextvars.ContextVar(
-            "accelerate_hooks_explicit", default=None
-        )
-        self.context_name: contextvars.ContextVar[str | None] = contextvars.ContextVar(
-            "accelerate_hooks_context_name", default=None
-        )
-
-    @contextmanager
-    def declared(self, total: int | None) -> Generator[Run]:
-        run = Run(signal="session.run()", total=total)
-        token = self.explicit.set(run)
-        try:
-            yield run
-        finally:
-            self.explicit.reset(token)
-            run.ended = True
-            run.clear()
 
 
 opaque_functions(globals())

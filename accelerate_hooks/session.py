@@ -23,9 +23,9 @@ from accelerate_hooks.opaque import opaque_functions
 from accelerate_hooks.patch import Patch
 from accelerate_hooks.place import cache_of, length_of, step_of
 from accelerate_hooks.policy import Policy
-from accelerate_hooks.recognise import Schedules
 from accelerate_hooks.record import Record
 from accelerate_hooks.run import Run, Step
+from accelerate_hooks.schedule import Schedules
 from accelerate_hooks.seam import Ledger, Seam
 from accelerate_hooks.site import Site
 from accelerate_hooks.tally import Tally

@@ -21,6 +21,6 @@ class UNetPatch(DiffusersPatch):
     def stacks(self, model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
         for stage in _STAGES:
             for name, module in model.named_modules():
-                if name.startswith(stage) and name.endswith(".transformer_blocks"):
-                    assert isinstance(module, nn.ModuleList)
+                inside = name.startswith(stage) and name.endswith(".transformer_blocks")
+                if inside and isinstance(module, nn.ModuleList):
                     yield name, module

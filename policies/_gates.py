@@ -20,11 +20,8 @@ one nearest the full runs is kept. The gates are the ridge regression of its sig
 
 from __future__ import annotations
 
-import math
-import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -34,12 +31,12 @@ from tqdm import tqdm
 from accelerate_hooks import Call, Effect, Policy, Site, enable
 from accelerate_hooks.errors import SpecError, UnsupportedModelError
 from accelerate_hooks.history import History
+from accelerate_hooks.policies._pattern import allocate
 from accelerate_hooks.policy import Decides
 
 _FEATURES = 64  # rows of features a site and step that the regression sees
 _REGULAR = (0.0, 3e-4, 3e-3, 3e-2)  # prices of sites that differ within a step, in `allocate`
 _SEARCHES = 3  # of each price
-_HEAT = 0.05
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -68,6 +65,10 @@ class _Recorder(Policy):
         self.out[key] = call.outputs(out)[0].detach().clone()
         return out
 
+    def latest(self) -> torch.Tensor:
+        """The sample where the last step begins."""
+        return self.x[max(self.x)]
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Mixer(Policy):
@@ -78,7 +79,7 @@ class _Mixer(Policy):
     trains: ClassVar[bool] = True
     like: Policy
     now: dict[str, Any]
-    kept: dict[int, dict[str, Any]] = field(default_factory=dict)
+    kept: dict[tuple[int, str], dict[str, Any]] = field(default_factory=dict)
     shares: dict[str, torch.Tensor] = field(default_factory=dict)
     features: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -103,7 +104,7 @@ class _Mixer(Policy):
         out = call.proceed()
         values = tuple(v for v in call.outputs(out) if v is not None)
         if not mixes:
-            self.kept.setdefault(self.now["step"], {})[name] = values
+            self.kept.setdefault((self.now["step"], self.now["branch"]), {})[name] = values
             return out
         self.features[name] = call.x.detach().float().flatten(1, -2).sum(1)
         share = self.shares[name] = torch.ones(len(call.x), requires_grad=True)
@@ -116,7 +117,8 @@ class _Mixer(Policy):
         step, order, times = self.now["step"], self.now["order"], self.now["times"]
         history = History(order)
         for earlier in _sources(step, order)[::-1]:
-            history.add(earlier, times[earlier], self.kept[earlier][name])
+            kept = self.kept[earlier, self.now["branch"]][name]
+            history.add(earlier, times[earlier], kept)
         return history.predict(times[step])
 
 
@@ -198,11 +200,12 @@ def train(
         for price in _REGULAR
         for seed in range(_SEARCHES)
     ]
+    masks = [m for i, m in enumerate(masks) if not any(torch.equal(m, n) for n in masks[:i])]
     made = [make(_weights(seen, mask, window)) for mask in masks]
     if len(seen.scores) < len(made):
-        full = [_generate(pipe, item, time) for item in items]
+        full = [_generate(pipe, item, time).latest() for item in items]
         for candidate in tqdm(made[len(seen.scores) :], desc="trials", disable=not progress):
-            runs = (_generate(pipe, item, time, candidate) for item in items)
+            runs = (_generate(pipe, item, time, candidate).latest() for item in items)
             seen.scores.append(_nearness(full, runs))
             keep()
     best = max(range(len(made)), key=seen.scores.__getitem__)
@@ -220,14 +223,13 @@ def _generate(pipe: Any, item: Any, time: Callable[[Call], float], *more: Policy
     return recorder
 
 
-def _nearness(full: Iterable[_Recorder], runs: Iterable[_Recorder]) -> float:
+def _nearness(full: Iterable[torch.Tensor], runs: Iterable[torch.Tensor]) -> float:
     """Mean over samples of ``-10 log10 (||x - full||^2 / ||full||^2)`` where the last step begins,
     in dB."""
     values = []
     for a, b in zip(full, runs, strict=True):
-        last = max(a.x)
-        off = (b.x[last] - a.x[last]).flatten(1).square().sum(1)
-        norm = a.x[last].flatten(1).square().sum(1)
+        off = (b - a).flatten(1).square().sum(1)
+        norm = a.flatten(1).square().sum(1)
         values.append(-10 * (off / norm).clamp_min(1e-12).log10())
     return float(torch.cat(values).mean())
 
@@ -257,6 +259,10 @@ def _sweep(
     """From the last step to ``first``: the probes, carried back through the sampler and the model,
     times what each site's reuse would be off by."""
     steps = 1 + max(recorder.times)
+    if steps <= first:
+        raise SpecError(
+            f"lazy_step: {steps} steps are too few for gates, the first {first} are always computed"
+        )
     branches = sorted({branch for _, branch in recorder.given})
     if any((step, branch) not in recorder.given for step in range(steps) for branch in branches):
         raise UnsupportedModelError(
@@ -269,10 +275,10 @@ def _sweep(
     rows = len(x) // copies
     shape = (probes, rows, *x.shape[1:])
     carried = torch.randn(shape, generator=generator).to(x)
-    effects: torch.Tensor | None = None
+    effects = torch.zeros(0)
 
     def forward(step: int, branch: str, mode: str) -> torch.Tensor:
-        mixer.now.update(mode=mode, step=step)
+        mixer.now.update(mode=mode, step=step, branch=branch)
         args, kwargs = recorder.given[step, branch]
         with session.run(), torch.set_grad_enabled(mode == "mix"):
             out = model(*args, **kwargs)
@@ -286,12 +292,12 @@ def _sweep(
             alpha, betas = _sampler(recorder, step, branches, copies)
         back = alpha * carried
         for b, branch in enumerate(branches):
-            for earlier in set(range(step)) - mixer.kept.keys():
-                if earlier >= min(_sources(step, mixer.now["order"])):
+            for earlier in _sources(step, mixer.now["order"]):
+                if (earlier, branch) not in mixer.kept:
                     forward(earlier, branch, "keep")
             mixer.shares.clear()
             out = forward(step, branch, "mix")
-            if effects is None:
+            if not effects.numel():
                 seen.sites = list(mixer.shares)
                 effects = torch.zeros(probes, rows, steps, len(seen.sites))
             for k in range(probes):
@@ -306,9 +312,8 @@ def _sweep(
             for site, found in mixer.features.items():
                 old = seen.features.get((step, site), found[:0].cpu())
                 seen.features[step, site] = torch.cat([old, found.cpu()])[:_FEATURES]
-            mixer.kept.clear()
+            mixer.kept.pop((step - 1, branch))
         carried = back
-    assert effects is not None
     norm = effects.square().sum((0, 2, 3), keepdim=True).sqrt().clamp_min(1e-30)
     seen.effects.append((effects / norm).flatten(0, 1))
 
@@ -332,137 +337,6 @@ def _sampler(
     columns = torch.stack([t.flatten() for t in (x, *outs)], 1)
     found = torch.linalg.lstsq(columns, after.flatten()[:, None]).solution.flatten().tolist()
     return found[0], found[1:]
-
-
-# -- which to reuse --------------------------------------------------------------------------------
-
-
-def allocate(
-    effects: torch.Tensor,
-    *,
-    target: float,
-    window: range,
-    max_age: int,
-    regular: float = 0.0,
-    seed: int = 0,
-    tries: int | None = None,
-) -> torch.Tensor:
-    """Which (step, site) to reuse, a mask ``[steps, sites]``: a share ``target`` of all, inside
-    ``window``, such that the mean square of ``sum z * effects`` (``[samples, steps, sites]``) is
-    small, and after ``max_age`` steps with a reuse comes one without: what the effects do not show
-    is that sites which take turns feed on each other's errors (measured: 8 dB). First whole steps,
-    then sites, where one that differs from others of its step costs ``regular`` times what the
-    whole steps did."""
-    steps, sites = effects.shape[1:]
-    mask = torch.zeros(steps, 1, dtype=torch.bool)
-    mask[regular_pattern(window, math.ceil(target * steps), max_age)] = True
-    tries = 40 * steps * sites if tries is None else tries
-    chance = random.Random(seed)
-    gram = _gram(effects.sum(2, keepdim=True))
-    mask = _anneal(mask, gram, window, max_age, chance, tries)
-    z = mask.flatten().double()
-    price = regular * float(z @ gram @ z) / sites
-    mask = mask.expand(steps, sites).clone()
-    most, flat = round(target * steps * sites), mask.view(-1)
-    for place in chance.sample(flat.nonzero().flatten().tolist(), max(0, int(flat.sum()) - most)):
-        flat[place] = False
-    gram = _gram(effects)
-    differ = sites * torch.eye(sites, dtype=torch.float64) - 1  # z' differ z = on * (sites - on)
-    gram += price * torch.block_diag(*[differ] * steps)
-    return _anneal(mask, gram, window, max_age, chance, tries)
-
-
-def regular_pattern(window: range, count: int, max_age: int) -> list[int]:
-    """``count`` of the steps in ``window``, ``max_age`` in a row."""
-    most = max_age * (len(window) + 1) // (max_age + 1)
-    if count > most:
-        raise SpecError(
-            f"lazy_step: {count} steps are to be reused, but warmup and cooldown leave "
-            f"{len(window)}, of which max_age={max_age} allows {most}; give a smaller target"
-        )
-    groups = len(window) - count + 1  # between the computed steps
-    sizes = [count // groups + (i < count % groups) for i in range(groups)]
-    return [
-        s for s in window if (s - window.start + 1) not in set(accumulate(n + 1 for n in sizes))
-    ]
-
-
-def _gram(effects: torch.Tensor) -> torch.Tensor:
-    """Mean products of effects; few samples are trusted less where effects should cancel."""
-    flat = effects.double().flatten(1)
-    gram = flat.T @ flat / len(flat)
-    return gram + torch.diag(gram.diag()) * (len(gram) / len(flat))
-
-
-def _anneal(
-    mask: torch.Tensor,
-    gram: torch.Tensor,
-    window: range,
-    max_age: int,
-    chance: random.Random,
-    tries: int,
-) -> torch.Tensor:
-    """Moves: one reuse elsewhere; all reuses of a span of steps one step on or back, at one site or
-    at all."""
-    sites = mask.shape[1]
-    on = mask.clone()
-    pull = gram @ on.flatten().double()
-    cost = float(on.flatten().double() @ pull)
-    best, kept = cost, on.clone()
-    heat = _HEAT * cost
-
-    def proposals() -> Iterator[list[tuple[int, int]]]:
-        """(place, +1 or -1) to switch."""
-        while True:
-            site, step = chance.randrange(sites), chance.choice(window)
-            if chance.random() < 0.5:
-                there, other = chance.choice(window), chance.randrange(sites)
-                if on[step, site] and not on[there, other]:
-                    yield [(step * sites + site, -1), (there * sites + other, 1)]
-                continue
-            by, length = chance.choice((-1, 1)), chance.choice((1, 1, 2, 4, 8))
-            some = range(sites) if chance.random() < 0.5 else (site,)
-            span = range(step, min(step + length, window.stop))
-            moved = [(s, k) for s in span for k in some if on[s, k]]
-            after = {(s + by, k) for s, k in moved}
-            if not moved or any(s not in window for s, _ in after):
-                continue
-            before = set(moved)
-            if any(on[s, k] for s, k in after - before):
-                continue
-            yield [(s * sites + k, -1) for s, k in before - after] + [
-                (s * sites + k, 1) for s, k in after - before
-            ]
-
-    for number, change in enumerate(proposals()):
-        if number >= tries:
-            break
-        places = torch.tensor([p for p, _ in change])
-        signs = torch.tensor([float(s) for _, s in change], dtype=torch.float64)
-        rise = float(2 * signs @ pull[places] + signs @ gram[places][:, places] @ signs)
-        warm = heat * (1 - number / tries) ** 2
-        if rise > 0 and (warm <= 0 or chance.random() >= math.exp(-rise / warm)):
-            continue
-        flat = on.view(-1)
-        flat[places] = signs > 0
-        if _too_long(on.any(1).tolist(), max_age):
-            flat[places] = signs < 0
-            continue
-        pull += gram[:, places] @ signs
-        cost += rise
-        if cost < best:
-            best, kept = cost, on.clone()
-    return kept
-
-
-def _too_long(column: list[bool], most: int) -> bool:
-    """Whether more than ``most`` in a row are set."""
-    length = 0
-    for value in column:
-        length = length + 1 if value else 0
-        if length > most:
-            return True
-    return False
 
 
 def _weight(features: torch.Tensor, reused: bool) -> torch.Tensor:

@@ -199,7 +199,7 @@ class LazyStep(Policy):
             with one number of steps, which is the number that the gates are good for.
         target: share of (step, site) visits to reuse.
         resume: a file that keeps what was measured so far, so that a killed fit goes on from there.
-        probes: random directions asked a call; each takes about two generations' time.
+        probes: random directions asked a call, each by a backward pass through its generation.
 
         Returns a policy with an artifact; ``artifact.save(path)`` keeps it.
         """

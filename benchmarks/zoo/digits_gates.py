@@ -1,7 +1,7 @@
 """Fit LazyStep's gates for the demo's model and ship them.
 
     digits_gates.py                      # fits (resumes from build/digits_gates.pt) and exports
-    digits_gates.py --calls 1 --probes 1 --out /dev/shm/gates.safetensors    # a try
+    digits_gates.py --calls 1 --probes 1 --out build/try.safetensors    # a try
 
 Seeds 5000 and up: neither those of the demo nor those of any benchmark.
 """

@@ -17,8 +17,8 @@ from accelerate_hooks.artifact import Artifact
 from accelerate_hooks.errors import ArtifactError, SpecError
 from accelerate_hooks.history import History, RowHistory, weights
 from accelerate_hooks.policies import LazyStep
-from accelerate_hooks.policies._gates import allocate, regular_pattern
 from accelerate_hooks.policies._pace import Pace
+from accelerate_hooks.policies._pattern import allocate, regular_pattern
 from accelerate_hooks.policies._quantity import mixing
 from accelerate_hooks.run import Run, Step
 
