@@ -305,6 +305,8 @@ class Call:
         context: torch.Tensor | None,
         routing: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if x is None and context is None and routing is None:
+            return self._args, self._kwargs
         port = self.site.port
         changes: dict[str, Any] = {}
         if x is not None:
@@ -356,8 +358,8 @@ class Call:
         args, kwargs = tree.transform(_cloned, changed)
         with torch.random.fork_rng(devices=[]):
             out = frame.plain(self._seam, args, kwargs)
-        given = dict(zip(self.site.port.parameters, args, strict=False)) | kwargs
-        frame.session.record(self.site).form.learn(self, given, out)
+        beside = Call(self.site, frame, self._seam, args, kwargs, self._depth, self.parent)
+        frame.session.record(self.site).form.learn(beside, beside.x, out)
         frame.note(self.site, "first visit: computed beside, for the form of its output", {})
 
     def _fill(self, name: str, cache: Any) -> None:

@@ -57,13 +57,24 @@ class Form:
     def __init__(self) -> None:
         self._known: dict[Any, _Known] = {}
 
-    def learn(self, call: Call, arguments: dict[str, Any], out: Any) -> None:
-        flow.confirm_inside(call, out)
-        given = {name: _shape(value) for name, value in arguments.items()}
+    def learn(self, call: Call, x: Any, out: Any) -> None:
+        """A visit with ``x`` gave ``out``. At every computed visit: what is known already has to
+        be seen in a few steps."""
+        port = call.site.port
+        if not port.confirmed:
+            flow.confirm_inside(call, out)
+        flags = _flags(call)
         if isinstance(out, torch.Tensor):
-            self._set(arguments, _Known(None, True, (), None, True, {(): out.shape}, given))
+            known = self._known.get(flags)
+            if known is None or not known.plain or known.shapes[()] != out.shape:
+                known = _Known(None, True, (), None, True, {(): out.shape}, {})
+                self._set(flags, known)
+            if port.confirmed and isinstance(x, torch.Tensor):
+                known.given[port.x] = x.shape
+            else:
+                _remember_shapes(known.given, call)
             return
-        inputs = {id(v): p for p, v in _objects(arguments)}
+        inputs = {id(v): p for p, v in _objects(call.arguments())}
         first, sure = tree.first(out), True
         try:
             x, context = flow.places(call, out)
@@ -87,18 +98,20 @@ class Form:
         shapes = {path: leaf.shape for path, leaf in tree.leaves(out)}
         shapes[first] = _shape(tree.get(out, first))
         roles = _walk(out, role, whole=first)
-        self._set(arguments, _Known(roles, False, x, context, sure, shapes, given))
+        known = _Known(roles, False, x, context, sure, shapes, {})
+        _remember_shapes(known.given, call)
+        self._set(flags, known)
         if kept:
             call.step.run.slots[_key(call)] = Slot(kept, False, -1)
 
-    def _set(self, arguments: dict[str, Any], known: _Known) -> None:
+    def _set(self, flags: Any, known: _Known) -> None:
         if len(self._known) >= _MOST:
             self._known = {}
-        self._known[_flags(arguments)] = known
+        self._known[flags] = known
 
     def unknown(self, call: Call, given: bool) -> str | None:
         """Why no output can be made now (``given``: a value for x is there), or None."""
-        known = self._known.get(_flags(call.arguments()))
+        known = self._known.get(_flags(call))
         if known is None:
             return "never computed: the form of its output is not known yet"
         path, _ = _places(call, known)
@@ -116,7 +129,7 @@ class Form:
         """An output of the known form with these values. What a block hands on beside them is held
         where a value was ``given``, else passed through."""
         port, arguments = call.site.port, call.arguments()
-        known = self._known[_flags(arguments)]
+        known = self._known[_flags(call)]
         if known.plain:
             return x
         out, context_out = _places(call, known)
@@ -150,8 +163,24 @@ def _places(call: Call, known: _Known) -> tuple[tree.Path, tree.Path | None]:
     return known.x, known.context
 
 
-def _flags(arguments: dict[str, Any]) -> Any:
-    return tuple((k, v) for k, v in arguments.items() if isinstance(v, bool))
+def _flags(call: Call) -> Any:
+    found = None
+    args, kwargs = call._args, call._kwargs
+    for value in args:
+        if value is True or value is False:
+            break
+    else:
+        for value in kwargs.values():
+            if value is True or value is False:
+                break
+        else:
+            return ()
+    return tuple((k, v) for k, v in call.arguments().items() if isinstance(v, bool))
+
+
+def _remember_shapes(given: dict[str, Any], call: Call) -> None:
+    """Of all arguments: it is not sure yet which one x is."""
+    given.update((name, _shape(value)) for name, value in call.arguments().items())
 
 
 def _key(call: Call) -> Any:

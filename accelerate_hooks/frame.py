@@ -18,7 +18,6 @@ from accelerate_hooks.recognise import Recogniser
 from accelerate_hooks.run import Step
 from accelerate_hooks.seam import Seam
 from accelerate_hooks.site import Site
-from accelerate_hooks.trace import Entry
 
 if TYPE_CHECKING:
     from accelerate_hooks.call import Call
@@ -128,7 +127,7 @@ class Frame:
     ) -> None:
         step = self.step
         self.session.trace.add(
-            Entry(step.run.number, step.index, step.branch, site.name, action, reason, numbers)
+            (step.run.number, step.index, step.branch, site.name, action, reason, numbers)
         )
 
     def skipped(self, site: Site, policy: int) -> None:
@@ -182,13 +181,13 @@ class Frame:
         if self.flops is not None and whole and isinstance(x, torch.Tensor):
             record.flops[tuple(x.shape)] = self.flops.total - before
         if not self.partial:
-            record.form.learn(call, call.arguments(), out)
+            record.form.learn(call, x, out)
             self.log(site, "run")
         return out
 
 
 def _events(x: Any) -> tuple[Any, Any] | None:
-    if not isinstance(x, torch.Tensor) or x.device.type != "cuda":
+    if not isinstance(x, torch.Tensor) or not x.is_cuda:
         return None
     pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     pair[0].record()

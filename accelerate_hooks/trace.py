@@ -23,15 +23,15 @@ class Entry(NamedTuple):
 
 
 class Trace:
-    """A ring of the latest entries."""
+    """A ring of the latest entries (kept as plain tuples: a visit makes one)."""
 
     def __init__(self, capacity: int = CAPACITY) -> None:
         self.capacity = capacity
-        self._entries: deque[Entry] = deque(maxlen=capacity)
+        self._entries: deque[tuple[Any, ...]] = deque(maxlen=capacity)
         self.add = self._entries.append
 
     def __iter__(self) -> Iterator[Entry]:
-        return iter(list(self._entries))
+        return map(Entry._make, list(self._entries))
 
     def __len__(self) -> int:
         return len(self._entries)
