@@ -18,6 +18,7 @@ from accelerate_hooks.site import Site, TokenLayout
 if TYPE_CHECKING:
     from accelerate_hooks.attention import Attention
     from accelerate_hooks.frame import Frame
+    from accelerate_hooks.policy import Policy
 
 T = TypeVar("T")
 Scope = Literal["site", "block", "stack", "run"]
@@ -31,10 +32,17 @@ class Call:
     ``parent`` the call of the enclosing site that this policy, or another, was asked about.
     """
 
-    __slots__ = ("_args", "_depth", "_frame", "_kwargs", "_seam", "parent", "site")
+    __slots__ = ("_args", "_frame", "_kwargs", "_policies", "_seam", "parent", "site")
 
     def __init__(
-        self, site: Site, frame: Frame, seam: Any, args: Any, kwargs: Any, depth: int, parent: Any
+        self,
+        site: Site,
+        frame: Frame,
+        seam: Any,
+        args: Any,
+        kwargs: Any,
+        policies: Sequence[tuple[int, Policy]],
+        parent: Any,
     ) -> None:
         self.site = site
         self.parent: Call | None = parent
@@ -42,7 +50,7 @@ class Call:
         self._seam = seam
         self._args = args
         self._kwargs = kwargs
-        self._depth = depth
+        self._policies = policies  # the one that is asked, and those inside it
 
     # -- what is there -----------------------------------------------------------------------
 
@@ -155,7 +163,9 @@ class Call:
         what adds nothing. ``routing``: (indices, weights) at experts; fewer columns are fewer
         experts a token.
         """
-        args, kwargs = self._with(x, context, routing)
+        args, kwargs = self._args, self._kwargs
+        if x is not None or context is not None or routing is not None:
+            args, kwargs = self._with(x, context, routing)
         if tokens is not None:
             return _tokens(self, args, kwargs, tokens)
         if rows is None:
@@ -297,7 +307,7 @@ class Call:
 
     @property
     def _policy_index(self) -> int:
-        return self._frame.session.policies_at(self.site)[self._depth][0]
+        return self._policies[0][0]
 
     def _with(
         self,
@@ -305,8 +315,6 @@ class Call:
         context: torch.Tensor | None,
         routing: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if x is None and context is None and routing is None:
-            return self._args, self._kwargs
         port = self.site.port
         changes: dict[str, Any] = {}
         if x is not None:
@@ -326,12 +334,11 @@ class Call:
         return replace_arguments(self.site.port.parameters, args, kwargs, changes)
 
     def _next(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        frame, depth = self._frame, self._depth + 1
-        policies = frame.session.policies_at(self.site)
-        if depth < len(policies):
-            inner = Call(self.site, frame, self._seam, args, kwargs, depth, self)
-            return policies[depth][1].around(inner)
-        return frame.compute(self, args, kwargs)
+        if len(self._policies) < 2:
+            return self._frame.compute(self, args, kwargs)
+        inside = self._policies[1:]
+        inner = Call(self.site, self._frame, self._seam, args, kwargs, inside, self)
+        return inside[0][1].around(inner)
 
     def _like(self) -> torch.Tensor:
         """A tensor shaped like x's output."""
@@ -340,6 +347,7 @@ class Call:
     def unskippable(self, given: bool) -> str | None:
         """Why no output can be made without computing the site (``given``: with a value for x), or
         None. A site that was never visited is looked at first."""
+        self._frame.account()
         record = self._frame.session.record(self.site)
         why = record.unskippable(self, given)
         if why is not None and self.site.kind not in ("model", "loop"):
@@ -358,8 +366,8 @@ class Call:
         args, kwargs = tree.transform(_cloned, changed)
         with torch.random.fork_rng(devices=[]):
             out = frame.plain(self._seam, args, kwargs)
-        beside = Call(self.site, frame, self._seam, args, kwargs, self._depth, self.parent)
-        frame.session.record(self.site).form.learn(beside, beside.x, out)
+        beside = Call(self.site, frame, self._seam, args, kwargs, self._policies, self.parent)
+        frame.session.record(self.site).form.learn(beside, out)
         frame.note(self.site, "first visit: computed beside, for the form of its output", {})
 
     def _fill(self, name: str, cache: Any) -> None:

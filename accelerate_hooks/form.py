@@ -42,7 +42,7 @@ class _Known(NamedTuple):
     context: tree.Path | None
     sure: bool
     shapes: dict[tree.Path, Any]  # of its tensors
-    given: dict[str, Any]  # shapes of the arguments
+    given: dict[str, Any]  # shapes of the arguments, of x at least
 
 
 class Form:
@@ -57,22 +57,12 @@ class Form:
     def __init__(self) -> None:
         self._known: dict[Any, _Known] = {}
 
-    def learn(self, call: Call, x: Any, out: Any) -> None:
-        """A visit with ``x`` gave ``out``. At every computed visit: what is known already has to
-        be seen in a few steps."""
-        port = call.site.port
-        if not port.confirmed:
-            flow.confirm_inside(call, out)
-        flags = _flags(call)
+    def learn(self, call: Call, out: Any) -> None:
+        """The site gave ``out``."""
+        flow.confirm_inside(call, out)
         if isinstance(out, torch.Tensor):
-            known = self._known.get(flags)
-            if known is None or not known.plain or known.shapes[()] != out.shape:
-                known = _Known(None, True, (), None, True, {(): out.shape}, {})
-                self._set(flags, known)
-            if port.confirmed and isinstance(x, torch.Tensor):
-                known.given[port.x] = x.shape
-            else:
-                _remember_shapes(known.given, call)
+            known = _Known(None, True, (), None, True, {(): out.shape}, _shapes(call))
+            self._set(flags(call), known)
             return
         inputs = {id(v): p for p, v in _objects(call.arguments())}
         first, sure = tree.first(out), True
@@ -98,20 +88,27 @@ class Form:
         shapes = {path: leaf.shape for path, leaf in tree.leaves(out)}
         shapes[first] = _shape(tree.get(out, first))
         roles = _walk(out, role, whole=first)
-        known = _Known(roles, False, x, context, sure, shapes, {})
-        _remember_shapes(known.given, call)
-        self._set(flags, known)
+        known = _Known(roles, False, x, context, sure, shapes, _shapes(call))
+        self._set(flags(call), known)
         if kept:
             call.step.run.slots[_key(call)] = Slot(kept, False, -1)
 
-    def _set(self, flags: Any, known: _Known) -> None:
+    def learn_plain(self, given: Any, name: str, x: torch.Size, out: torch.Size) -> None:
+        """The site gave a tensor of shape ``out`` for one of shape ``x`` under ``name``."""
+        known = self._known.get(given)
+        if known is None or not known.plain or known.shapes[()] != out:
+            self._set(given, _Known(None, True, (), None, True, {(): out}, {name: x}))
+        else:
+            known.given[name] = x
+
+    def _set(self, given: Any, known: _Known) -> None:
         if len(self._known) >= _MOST:
             self._known = {}
-        self._known[flags] = known
+        self._known[given] = known
 
     def unknown(self, call: Call, given: bool) -> str | None:
         """Why no output can be made now (``given``: a value for x is there), or None."""
-        known = self._known.get(_flags(call))
+        known = self._known.get(flags(call))
         if known is None:
             return "never computed: the form of its output is not known yet"
         path, _ = _places(call, known)
@@ -129,7 +126,7 @@ class Form:
         """An output of the known form with these values. What a block hands on beside them is held
         where a value was ``given``, else passed through."""
         port, arguments = call.site.port, call.arguments()
-        known = self._known[_flags(call)]
+        known = self._known[flags(call)]
         if known.plain:
             return x
         out, context_out = _places(call, known)
@@ -163,24 +160,18 @@ def _places(call: Call, known: _Known) -> tuple[tree.Path, tree.Path | None]:
     return known.x, known.context
 
 
-def _flags(call: Call) -> Any:
-    found = None
-    args, kwargs = call._args, call._kwargs
-    for value in args:
-        if value is True or value is False:
-            break
-    else:
-        for value in kwargs.values():
+def flags(call: Call) -> Any:
+    """The bools among the arguments: with others the output may have another form."""
+    for values in (call._args, call._kwargs.values()):
+        for value in values:
             if value is True or value is False:
-                break
-        else:
-            return ()
-    return tuple((k, v) for k, v in call.arguments().items() if isinstance(v, bool))
+                named = call.arguments().items()
+                return tuple((k, v) for k, v in named if isinstance(v, bool))
+    return ()
 
 
-def _remember_shapes(given: dict[str, Any], call: Call) -> None:
-    """Of all arguments: it is not sure yet which one x is."""
-    given.update((name, _shape(value)) for name, value in call.arguments().items())
+def _shapes(call: Call) -> dict[str, Any]:
+    return {name: _shape(value) for name, value in call.arguments().items()}
 
 
 def _key(call: Call) -> Any:

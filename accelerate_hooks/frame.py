@@ -12,6 +12,7 @@ from torch import nn
 
 from accelerate_hooks import flow
 from accelerate_hooks.flops import FlopMode
+from accelerate_hooks.form import flags
 from accelerate_hooks.opaque import opaque_functions
 from accelerate_hooks.patch import Patch
 from accelerate_hooks.recognise import Recogniser
@@ -68,6 +69,7 @@ class Frame:
         "outer",
         "parent",
         "partial",
+        "pending",
         "plainly",
         "reads",
         "root",
@@ -93,6 +95,7 @@ class Frame:
         self.flops: FlopMode | None = None
         self.watch = root.flow.watch()
         self.plainly = False
+        self.pending: list[Any] = []
         self.visits: dict[Seam, int] = {}
         self.reads = 0
         self.left_out = 0
@@ -125,6 +128,7 @@ class Frame:
         reason: str | None = None,
         numbers: dict[str, float] | None = None,
     ) -> None:
+        self.account()
         step = self.step
         self.session.trace.add(
             (step.run.number, step.index, step.branch, site.name, action, reason, numbers)
@@ -158,37 +162,49 @@ class Frame:
 
     def compute(self, call: Call, args: Any, kwargs: Any) -> Any:
         """The original forward, watched."""
-        session, site = self.session, call.site
-        record = session.record(site)
         parent, self.parent = self.parent, call
-        before = self.flops.total if self.flops is not None else 0
-        left_out = self.left_out
+        flops, left_out = self.flops and self.flops.total, self.left_out
         x = call.x
-        events = _events(x)
+        is_tensor = isinstance(x, torch.Tensor)
+        events = _events() if is_tensor and x.is_cuda else None
         start = time.perf_counter()
         try:
             out = call._seam.original(*args, **kwargs)
         finally:
             self.parent = parent
-        if events is None:
-            if not self.partial:
-                record.time(time.perf_counter() - start, rough=self.flops is not None)
-        else:
+        took: Any = time.perf_counter() - start
+        if events is not None:
             events[1].record()
-            record.events.append(events)
-        record.computed += 1
-        whole = self.left_out == left_out
-        if self.flops is not None and whole and isinstance(x, torch.Tensor):
-            record.flops[tuple(x.shape)] = self.flops.total - before
+            took = events
+        site = call.site
+        usual = is_tensor and isinstance(out, torch.Tensor) and site.port.confirmed
+        if usual and flops is None and not self.partial:
+            self.pending.append((site, took, flags(call), x.shape, out.shape))
+            return out
+        record = self.session.record(site)
+        record.count(took, rough=flops is not None, partial=self.partial)
+        if flops is not None and is_tensor and self.left_out == left_out:
+            record.flops[tuple(x.shape)] = self.flops.total - flops
         if not self.partial:
-            record.form.learn(call, x, out)
+            record.form.learn(call, out)
             self.log(site, "run")
         return out
 
+    def account(self) -> None:
+        """Write down the visits computed since the last time: together, since between two visits
+        this code is no longer in the processor's caches and takes several times as long."""
+        pending, self.pending = self.pending, []
+        session, step = self.session, self.step
+        for site, took, given, x, out in pending:
+            record = session.record(site)
+            record.count(took)
+            record.form.learn_plain(given, site.port.x, x, out)
+            session.trace.add(
+                (step.run.number, step.index, step.branch, site.name, "run", None, None)
+            )
 
-def _events(x: Any) -> tuple[Any, Any] | None:
-    if not isinstance(x, torch.Tensor) or not x.is_cuda:
-        return None
+
+def _events() -> tuple[Any, Any]:
     pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     pair[0].record()
     return pair

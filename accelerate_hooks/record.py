@@ -57,15 +57,20 @@ class Record:
 
     # -- costs -------------------------------------------------------------------------------
 
-    def time(self, seconds: float, rough: bool) -> None:
-        """A computed visit took so long. ``rough`` times (while FLOPs were counted) only stand in
-        until there are others."""
+    def count(self, took: Any, rough: bool = False, partial: bool = False) -> None:
+        """A visit was computed; ``took`` are seconds, or a pair of events on an accelerator. Rough
+        times (while FLOPs were counted) only stand in until there are others, partial ones are
+        not those of a visit."""
+        self.computed += 1
+        if isinstance(took, tuple):
+            self.events.append(took)
+            return
+        if partial or (rough and not self._rough and self.timed):
+            return
         if self._rough and not rough:
             self.seconds, self.timed = 0.0, 0
-        elif rough and not self._rough and self.timed:
-            return
         self._rough = rough
-        self.seconds += seconds
+        self.seconds += took
         self.timed += 1
 
     def mean_seconds(self) -> float:

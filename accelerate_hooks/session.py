@@ -224,7 +224,7 @@ class Session:
             args, kwargs = shorter.rewrite(frame, site, args, kwargs)
         out = self._dispatch(frame, seam, site, args, kwargs)
         if frame.cuts and site.kind == "block" and site.index == site.count - 1:
-            call = Call(site, frame, seam, args, kwargs, 0, frame.parent)
+            call = Call(site, frame, seam, args, kwargs, _NONE, frame.parent)
             out = shorter.restored(frame, site, call, out)
         if watch is not None and site.kind == "block" and not frame.partial:
             watch.see(site, dict(zip(site.port.parameters, given[0], strict=False)) | given[1], out)
@@ -232,7 +232,7 @@ class Session:
 
     def _dispatch(self, frame: Frame, seam: Seam, site: Site, args: Any, kwargs: Any) -> Any:
         policies = self._plan.get(site, _NONE)
-        call = Call(site, frame, seam, args, kwargs, 0, frame.parent)
+        call = Call(site, frame, seam, args, kwargs, policies, frame.parent)
         if not policies or frame.plainly:
             return frame.compute(call, args, kwargs)
         outer, frame.parent = frame.parent, call
@@ -283,6 +283,7 @@ class Session:
             raise
         finally:
             FRAME.reset(token)
+            frame.account()
         self._leave(root, frame, out)
         return out
 
@@ -321,7 +322,10 @@ class Session:
         step = Step(run, 0, None, "prefill", root.name or "main", site.path)
         arguments = dict(zip(site.port.parameters, args, strict=False)) | kwargs
         frame = Frame(self, root, step, FRAME.get(), arguments)
-        return self._dispatch(frame, override, site, args, kwargs)
+        try:
+            return self._dispatch(frame, override, site, args, kwargs)
+        finally:
+            frame.account()
 
     def _leave(self, root: Root, frame: Frame, out: Any) -> None:
         run = frame.step.run
@@ -404,7 +408,7 @@ class Session:
 
     def _pass(self, frame: Frame, seam: Seam, site: Site, args: Any, kwargs: Any) -> Any:
         _, asked, x = HEADING.get()
-        call = Call(site, frame, seam, args, kwargs, 0, frame.parent)
+        call = Call(site, frame, seam, args, kwargs, _NONE, frame.parent)
         mine = site.stack == asked.site.stack
         record = self.record(site)
         if record.unskippable(call, mine) is not None:
