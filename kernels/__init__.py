@@ -1,1 +1,8 @@
 """The arithmetic made fast: one file an op."""
+
+from __future__ import annotations
+
+from accelerate_hooks.kernels._dispatch import FALLBACKS, KernelError
+from accelerate_hooks.kernels.block_sparse import block_sparse_attention
+
+__all__ = ["FALLBACKS", "KernelError", "block_sparse_attention"]

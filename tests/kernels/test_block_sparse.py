@@ -1,0 +1,245 @@
+"""Block-sparse attention: each implementation against the formula in float64."""
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from accelerate_hooks.kernels import KernelError, block_sparse, block_sparse_attention
+from accelerate_hooks.kernels._dispatch import FALLBACKS, interpreted
+
+# Relative RMS of the output against float64 on the same (rounded) inputs.
+BOUND = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+# Scores are summed in float32 whatever the dtype. PyTorch's CPU attention takes exponentials of
+# half-precision inputs by a polynomial that is off by 5e-5 (measured at a single key).
+LSE_BOUND = {torch.float32: 2e-6, torch.float16: 1e-4, torch.bfloat16: 1e-4}
+FLOATS = st.sampled_from(list(BOUND))
+
+
+@dataclass
+class Problem:
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    mask: torch.Tensor
+    block: tuple[int, int]
+    causal: bool
+    scale: float
+
+    def arguments(self):
+        counts, indices = block_sparse.to_indices(self.mask)
+        return self.q, self.k, self.v, counts, indices, *self.block, self.causal, self.scale
+
+
+@st.composite
+def problems(draw, blocks=(16, 32), dtypes=FLOATS, tokens=st.integers(0, 100)):
+    batch, kv_heads = draw(st.integers(0, 2)), draw(st.integers(1, 2))
+    heads = kv_heads * draw(st.integers(1, 3))
+    n, m = draw(tokens), draw(tokens)
+    d = draw(st.sampled_from([1, 8, 20, 32, 40, 64]))
+    bq, bk = draw(st.sampled_from(blocks)), draw(st.sampled_from(blocks))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    spread = draw(st.sampled_from([0.1, 1.0, 6.0]))
+    dtype, strided = draw(dtypes), draw(st.sampled_from(["plain", "tokens first", "every second"]))
+
+    def tensor(count, length):
+        if strided == "tokens first":
+            t = torch.randn(batch, length, count, d, generator=generator).transpose(1, 2)
+        elif strided == "every second":
+            t = torch.randn(batch, count, length, 2 * d, generator=generator)[..., ::2]
+        else:
+            t = torch.randn(batch, count, length, d, generator=generator)
+        return (t * spread).to(dtype)
+
+    shape = (draw(st.sampled_from([1, batch])), draw(st.sampled_from([1, heads])))
+    density = draw(st.sampled_from([0.0, 0.3, 0.7, 1.0]))
+    shape = (*shape, math.ceil(n / bq), math.ceil(m / bk))
+    mask = torch.rand(shape, generator=generator) < density
+    q, k, v = tensor(heads, n), tensor(kv_heads, m), tensor(kv_heads, m)
+    scale = draw(st.sampled_from([1.0 / math.sqrt(d), 0.05]))
+    return Problem(q, k, v, mask, (bq, bk), draw(st.booleans()), scale)
+
+
+def exact(p: Problem):
+    """The formula, query by query and key by key, from the mask and not from the indices."""
+    q, k, v = (t.double() for t in (p.q, p.k, p.v))
+    groups = q.shape[1] // k.shape[1]
+    out = torch.zeros_like(q)
+    lse = torch.full(q.shape[:3], -math.inf, dtype=torch.float64)
+    mask = p.mask.expand(*q.shape[:2], *p.mask.shape[2:])
+    for b in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            for i in range(q.shape[2]):
+                top = min(i + 1, k.shape[2]) if p.causal else k.shape[2]
+                row = mask[b, h, i // p.block[0]]
+                seen = [j for j in range(top) if row[j // p.block[1]]]
+                if seen:
+                    scores = k[b, h // groups, seen] @ q[b, h, i] * p.scale
+                    lse[b, h, i] = scores.logsumexp(0)
+                    out[b, h, i] = scores.softmax(0) @ v[b, h // groups, seen]
+    return out, lse
+
+
+def agree(got, wanted, dtype):
+    out, lse = got
+    assert torch.isfinite(out).all()
+    norm = wanted[0].norm()
+    assert (out.double() - wanted[0]).norm() <= BOUND[dtype] * norm
+    nothing = wanted[1] == -math.inf
+    assert torch.equal(nothing, lse == -math.inf)
+    assert not out[nothing].any(), "a query with nothing to attend to gives zeros"
+    off = (lse.double() - wanted[1])[~nothing].abs()
+    bound = LSE_BOUND[dtype] * (1 + wanted[1].abs()[~nothing])
+    assert (off <= bound).all()
+
+
+@given(problems(tokens=st.integers(0, 40)))
+@settings(max_examples=30)
+def test_the_reference_is_the_formula(p):
+    agree(block_sparse.reference(*p.arguments()), exact(p), p.q.dtype)
+
+
+def wide(p):
+    q, k, v, *rest = p.arguments()
+    return block_sparse.reference(q.double(), k.double(), v.double(), *rest)
+
+
+@given(problems())
+def test_the_gathered_path_agrees(p):
+    agree(block_sparse.gathered(*p.arguments()), wide(p), p.q.dtype)
+
+
+@given(problems(blocks=(5, 24, 128)))
+def test_the_gathered_path_takes_any_block(p):
+    agree(block_sparse.gathered(*p.arguments()), wide(p), p.q.dtype)
+
+
+def poisoned(p, device="cpu"):
+    out = torch.full(p.q.shape, math.nan, dtype=p.q.dtype, device=device)
+    lse = torch.full(p.q.shape[:3], math.nan, device=device)
+    given = [t.to(device) if isinstance(t, torch.Tensor) else t for t in p.arguments()]
+    block_sparse.launch(*given, out, lse)
+    return out.cpu(), lse.cpu()
+
+
+@pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1 (make test sets it)")
+@given(problems(tokens=st.integers(0, 70)))
+@settings(max_examples=40)
+def test_triton_agrees(p):
+    agree(poisoned(p), wide(p), p.q.dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@given(problems(blocks=(16, 32, 64, 128), tokens=st.integers(0, 500)))
+def test_triton_agrees_on_a_gpu(p):
+    agree(poisoned(p, "cuda"), wide(p), p.q.dtype)
+
+
+def qkv(n=300, heads=3, d=32, m=None, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, heads, n, d), *[(2, heads, m or n, d)] * 2]
+    return [torch.randn(s, generator=generator).to(dtype) for s in shapes]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("choice", ["torch", "triton"])
+def test_a_full_mask_is_dense_attention(causal, choice, monkeypatch):
+    if choice == "triton" and not interpreted():
+        pytest.skip("needs TRITON_INTERPRET=1 (make test sets it)")
+    monkeypatch.setenv("ACCELERATE_HOOKS_KERNELS", choice)
+    q, k, v = qkv()
+    mask = torch.ones(1, 1, 3, 3, dtype=torch.bool)
+    out = block_sparse_attention(q, k, v, mask, is_causal=causal)
+    dense = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    torch.testing.assert_close(out, dense, atol=2e-6, rtol=1e-5)
+
+
+@given(st.integers(0, 2**31), st.integers(1, 9), st.integers(0, 9))
+def test_indices_and_masks_are_inverse(seed, rows, columns):
+    mask = torch.rand(2, 3, rows, columns, generator=torch.Generator().manual_seed(seed)) < 0.5
+    counts, indices = block_sparse.to_indices(mask)
+    assert torch.equal(block_sparse.to_mask(counts, indices), mask)
+    assert counts.dtype == indices.dtype == torch.int32
+
+
+def test_indices_in_the_place_of_a_mask():
+    q, k, v = qkv()
+    mask = torch.rand(2, 1, 3, 3, generator=torch.Generator().manual_seed(1)) < 0.6
+    one = block_sparse_attention(q, k, v, mask, return_lse=True)
+    other = block_sparse_attention(q, k, v, block_sparse.to_indices(mask), return_lse=True)
+    for a, b in zip(one, other, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_opcheck():
+    q, k, v = qkv(n=70)
+    counts, indices = block_sparse.to_indices(torch.ones(1, 1, 3, 3, dtype=torch.bool))
+    torch.library.opcheck(
+        torch.ops.accelerate_hooks.block_sparse_attention.default,
+        (q, k, v, counts, indices, 32, 32, True, 0.1),
+    )
+
+
+@pytest.mark.slow
+def test_compiles_as_one_graph():
+    q, k, v = qkv()
+    mask = torch.rand(2, 3, 3, 3, generator=torch.Generator().manual_seed(2)) < 0.7
+
+    def twice(q, k, v, mask):
+        return block_sparse_attention(q * 2, k, v, mask) * 2
+
+    compiled = torch.compile(twice, fullgraph=True)
+    torch.testing.assert_close(compiled(q, k, v, mask), twice(q, k, v, mask))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"k": torch.zeros(2, 2, 300, 32), "v": torch.zeros(2, 2, 300, 32)}, "enable_gqa"),
+        ({"q": torch.zeros(2, 3, 300, 16)}, "head size"),
+        ({"v": torch.zeros(2, 3, 299, 32)}, "k and v differ"),
+        ({"q": torch.zeros(2, 3, 300, 32, dtype=torch.float16)}, "one floating-point dtype"),
+        ({"block_mask": torch.ones(1, 1, 3, 4, dtype=torch.bool)}, r"block_mask is \(1, 1, 3, 4\)"),
+        ({"block_mask": torch.ones(1, 1, 3, 3)}, "give bools"),
+        ({"block_size": 0}, "positive"),
+    ],
+)
+def test_errors_name_the_cause_and_the_fix(change, words):
+    q, k, v = qkv()
+    mask = torch.ones(1, 1, 3, 3, dtype=torch.bool)
+    given = {"q": q, "k": k, "v": v, "block_mask": mask, **change}
+    with pytest.raises(KernelError, match=words):
+        block_sparse_attention(**given)
+
+
+def test_gradients_are_refused():
+    q, k, v = qkv()
+    mask = torch.ones(1, 1, 3, 3, dtype=torch.bool)
+    with pytest.raises(KernelError, match="no backward"):
+        block_sparse_attention(q.requires_grad_(), k, v, mask)
+    with torch.no_grad():
+        block_sparse_attention(q, k, v, mask)
+
+
+def test_what_triton_cannot_take_is_counted(monkeypatch):
+    if not interpreted():
+        pytest.skip("needs TRITON_INTERPRET=1 (make test sets it)")
+    monkeypatch.setenv("ACCELERATE_HOOKS_KERNELS", "triton")
+    q, k, v = qkv(n=48)
+    before = FALLBACKS.copy()
+    out = block_sparse_attention(q, k, v, torch.ones(1, 1, 2, 2, dtype=torch.bool), block_size=24)
+    new = FALLBACKS - before
+    assert list(new) == [("block_sparse_attention", "block size 24 x 24 (powers of two from 16)")]
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v))
+
+
+def test_an_unknown_choice_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_HOOKS_KERNELS", "fast")
+    q, k, v = qkv(n=48)
+    with pytest.raises(KernelError, match="auto, torch, triton"):
+        block_sparse_attention(q, k, v, torch.ones(1, 1, 1, 1, dtype=torch.bool))
