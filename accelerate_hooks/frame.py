@@ -163,7 +163,8 @@ class Frame:
     def compute(self, call: Call, args: Any, kwargs: Any) -> Any:
         """The original forward, watched."""
         parent, self.parent = self.parent, call
-        flops, left_out = self.flops and self.flops.total, self.left_out
+        flops, left_out = self.flops, self.left_out
+        before = 0 if flops is None else flops.total
         x = call.x
         is_tensor = isinstance(x, torch.Tensor)
         events = _events() if is_tensor and x.is_cuda else None
@@ -184,7 +185,7 @@ class Frame:
         record = self.session.record(site)
         record.count(took, rough=flops is not None, partial=self.partial)
         if flops is not None and is_tensor and self.left_out == left_out:
-            record.flops[tuple(x.shape)] = self.flops.total - flops
+            record.flops[tuple(x.shape)] = flops.total - before
         if not self.partial:
             record.form.learn(call, out)
             self.log(site, "run")

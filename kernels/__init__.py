@@ -4,5 +4,7 @@ from __future__ import annotations
 
 from accelerate_hooks.kernels._dispatch import FALLBACKS, KernelError
 from accelerate_hooks.kernels.block_sparse import block_sparse_attention
+from accelerate_hooks.kernels.pooling import pool_tokens
+from accelerate_hooks.kernels.selection import select_blocks
 
-__all__ = ["FALLBACKS", "KernelError", "block_sparse_attention"]
+__all__ = ["FALLBACKS", "KernelError", "block_sparse_attention", "pool_tokens", "select_blocks"]

@@ -13,6 +13,7 @@ and ``out[i] = 0``, ``lse[i] = -inf`` where ``A(i)`` is empty. With every block 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Literal, overload
 
 import torch
@@ -22,19 +23,19 @@ from accelerate_hooks.kernels._dispatch import require, use_triton
 
 BlockMask = Tensor | tuple[Tensor, Tensor]
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_BUFFER = 1 << 20  # bytes of gathered keys (as many of values) that stay in a core's caches
+_BUFFER = 1 << 21  # bytes of gathered keys (as many of values): what stays in the caches
 
 
 @overload
 def block_sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, *, block_size: int | tuple[int, int] = ...,
-    is_causal: bool = ..., scale: float | None = ..., enable_gqa: bool = ...,
+    q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, *,
+    block_size: int | tuple[int, int] = ..., is_causal: bool = ..., scale: float | None = ..., enable_gqa: bool = ...,
     return_lse: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def block_sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, *, block_size: int | tuple[int, int] = ...,
-    is_causal: bool = ..., scale: float | None = ..., enable_gqa: bool = ...,
+    q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, *,
+    block_size: int | tuple[int, int] = ..., is_causal: bool = ..., scale: float | None = ..., enable_gqa: bool = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def block_sparse_attention(
@@ -150,10 +151,10 @@ def gathered(
     """
     (batch, heads, n, d), m = q.shape, k.shape[2]
     rows, columns = math.ceil(n / block_q), math.ceil(m / block_k)
-    out = q.new_zeros(batch, heads, rows * block_q, d)
-    lse = q.new_full((batch, heads, rows * block_q), -math.inf, dtype=torch.float32)
-    if out.numel() == 0 or columns == 0:
-        return out[:, :, :n].contiguous(), lse[:, :, :n].contiguous()
+    out = q.new_empty(batch, heads, rows * block_q, d)
+    lse = q.new_empty(batch, heads, rows * block_q, dtype=torch.float32)
+    if out.numel() == 0:
+        return out[:, :, :n], lse[:, :, :n]
     if is_causal:  # blocks with no key that any query of the row may see
         mask = to_mask(counts, indices)
         first = torch.arange(columns) * block_k
@@ -169,28 +170,43 @@ def gathered(
     base = (head // heads * kv_heads + head % heads // (heads // kv_heads)) * columns
     row = torch.arange(rows).repeat(batch * heads)
     ragged = m % block_k != 0
-    for count in counts.unique().tolist():
+    order = counts.argsort(stable=True)
+    room = (q.new_empty(0), q.new_empty(0))  # one for all parts: fresh pages cost more than copies
+    for count, jobs in _groups(counts, order):
         if count == 0:
+            out_blocks[jobs], lse_blocks[jobs] = 0.0, -math.inf
             continue
-        jobs = (counts == count).nonzero().squeeze(1)
-        size = count * block_k * d * q.element_size()
-        for part in jobs.split(max(1, _BUFFER // size)):
+        block = block_k * d
+        for part in jobs.split(max(2, _BUFFER // (count * block * q.element_size()))):
             chosen = indices[part, :count]
             where = (base[part].unsqueeze(1) + chosen).reshape(-1)
-            keys, values = (t.index_select(0, where).view(len(part), -1, d) for t in (k_blocks, v_blocks))
+            if room[0].numel() < len(where) * block:
+                room = (q.new_empty(len(where) * block), q.new_empty(len(where) * block))
+            keys, values = (
+                torch.index_select(t, 0, where, out=space[: len(where) * block].view(-1, block))
+                for t, space in zip((k_blocks, v_blocks), room, strict=True)
+            )
+            keys, values = (t.view(len(part), -1, d) for t in (keys, values))
             bias = None
             if is_causal or ragged:
                 bias = _bias(chosen, row[part], block_q, block_k, m, is_causal)
-            o, s = _dense(q_blocks.index_select(0, part), keys, values, bias, scale)
-            out_blocks[part], lse_blocks[part] = o, s
+            out_blocks[part], lse_blocks[part] = _dense(
+                q_blocks.index_select(0, part).view(-1, block_q, d), keys, values, bias, scale
+            )
     return out[:, :, :n].contiguous(), lse[:, :, :n].contiguous()
 
 
+def _groups(counts: Tensor, order: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """(count, the jobs that have it) in the order of the counts."""
+    values, sizes = counts[order].unique_consecutive(return_counts=True)
+    return zip(values.tolist(), order.split(sizes.tolist()), strict=True)
+
+
 def _blocks(t: Tensor, size: int, count: int) -> Tensor:
-    """``[B, H, tokens, D]`` as ``[B * H * count, size, D]``, the last block filled with zeros."""
+    """``[B, H, tokens, D]`` as ``[B * H * count, size * D]``, the last block filled with zeros."""
     missing = size * count - t.shape[2]
     t = torch.nn.functional.pad(t, (0, 0, 0, missing)) if missing else t.contiguous()
-    return t.view(-1, size, t.shape[3])
+    return t.view(-1, size * t.shape[3])
 
 
 def _bias(

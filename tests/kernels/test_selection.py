@@ -1,0 +1,118 @@
+"""Pooling and selection: the laws that block-sparse attention stands on."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from accelerate_hooks.kernels import KernelError, pool_tokens, select_blocks
+
+SEEDS = st.integers(0, 2**31)
+RULES = st.sampled_from(["quantile", "row", "mass"])
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+@st.composite
+def grids(draw):
+    axes = draw(st.integers(1, 3))
+    grid = tuple(draw(st.integers(0, 9)) for _ in range(axes))
+    return grid, tuple(draw(st.integers(1, 5)) for _ in range(axes))
+
+
+@given(grids(), SEEDS, st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
+def test_a_pooled_token_is_the_mean_of_its_region(drawn, seed, dtype):
+    grid, region = drawn
+    x = torch.randn(2, math.prod(grid), 3, generator=seeded(seed)).to(dtype)
+    regions = {}
+    for place, cell in enumerate(itertools.product(*map(range, grid))):
+        regions.setdefault(tuple(c // r for c, r in zip(cell, region, strict=True)), []).append(
+            place
+        )
+    wanted = [x[:, regions[key]].double().mean(1) for key in sorted(regions)]
+    wanted = torch.stack(wanted, 1) if wanted else x.new_zeros(2, 0, 3, dtype=torch.float64)
+    got = pool_tokens(x, grid, region)
+    assert got.dtype == dtype
+    bound = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 5e-3}[dtype]
+    assert (got.double() - wanted).norm() <= bound * max(wanted.norm(), 1.0)
+
+
+@st.composite
+def maps(draw):
+    shape = (draw(st.integers(1, 2)), draw(st.integers(1, 3)))
+    shape = (*shape, draw(st.integers(0, 8)), draw(st.integers(0, 8)))
+    scores = torch.rand(shape, generator=seeded(draw(SEEDS)), dtype=torch.float64)
+    if draw(st.booleans()):
+        scores = (scores * 3).floor()  # ties, and zeros
+    return scores
+
+
+@given(maps(), st.floats(0, 1), RULES)
+def test_no_row_is_empty(scores, share, rule):
+    mask = select_blocks(scores, share, rule=rule)
+    assert mask.shape == scores.shape
+    assert mask.any(-1).all() or scores.shape[-1] == 0
+
+
+@given(maps(), st.floats(0, 1), st.floats(0, 1), RULES)
+def test_what_is_kept_grows_with_the_share(scores, a, b, rule):
+    low, high = (select_blocks(scores, s, rule=rule) for s in sorted((a, b)))
+    assert not (low & ~high).any()
+
+
+@given(maps(), st.floats(0, 1))
+def test_mass_keeps_its_share_and_not_a_block_more(scores, share):
+    mask = select_blocks(scores, share, rule="mass")
+    total, held = scores.sum(-1), (scores * mask).sum(-1)
+    assert (held >= share * total - 1e-9).all()
+    least = scores.masked_fill(~mask, math.inf).amin(-1) if scores.shape[-1] else total
+    fewer = mask.sum(-1) <= 1
+    assert (fewer | (held - least < share * total + 1e-9)).all()
+
+
+@given(maps(), st.floats(0, 1))
+def test_counts_are_those_of_the_density(scores, share):
+    rows, columns = scores.shape[-2:]
+    mask = select_blocks(scores, share, rule="row")
+    if rows and columns:
+        count = max(1, math.ceil(share * columns - 1e-9))
+        assert (mask.sum(-1) == count).all()
+        whole = select_blocks(scores, share, rule="quantile").sum((-2, -1))
+        count = math.ceil(share * rows * columns - 1e-9)
+        assert ((whole >= count) & (whole <= count + rows)).all()
+
+
+@given(maps(), SEEDS, RULES, st.integers(0, 3))
+def test_what_is_asked_for_is_kept(scores, seed, rule, sinks):
+    count_rows, count_columns = scores.shape[-2:]
+    rows = torch.rand(count_rows, generator=seeded(seed)) < 0.3
+    columns = torch.rand(count_columns, generator=seeded(seed + 1)) < 0.3
+    plain = select_blocks(scores, 0.2, rule=rule)
+    mask = select_blocks(
+        scores, 0.2, rule=rule, diagonal=True, sinks=sinks, rows=rows, columns=columns
+    )
+    assert mask[..., rows, :].all() and mask[..., columns].all() and mask[..., :sinks].all()
+    for r in range(count_rows if count_columns else 0):
+        assert mask[..., r, r * count_columns // count_rows].all()
+    assert not (plain & ~mask).any()
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: select_blocks(torch.zeros(2, 2), 1.5), "share=1.5"),
+        (lambda: select_blocks(torch.zeros(2, 2), 0.5, rule="best"), "quantile, row or mass"),
+        (lambda: select_blocks(torch.zeros(2, 2), 0.5, rows=torch.ones(3).bool()), r"bools \[2\]"),
+        (lambda: pool_tokens(torch.zeros(5, 2), (2, 2), (1, 1)), "4 tokens"),
+        (lambda: pool_tokens(torch.zeros(4, 2), (2, 2), (1,)), "as many axes"),
+        (lambda: pool_tokens(torch.zeros(4, 2), (2, 2), (1, 0)), "positive"),
+    ],
+)
+def test_errors_name_the_cause_and_the_fix(call, words):
+    with pytest.raises(KernelError, match=words):
+        call()
