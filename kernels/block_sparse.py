@@ -29,13 +29,15 @@ _BUFFER = 1 << 21  # bytes of gathered keys (as many of values): what stays in t
 @overload
 def block_sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, *,
-    block_size: int | tuple[int, int] = ..., is_causal: bool = ..., scale: float | None = ..., enable_gqa: bool = ...,
+    block_size: int | tuple[int, int] = ..., is_causal: bool = ...,
+    scale: float | None = ..., enable_gqa: bool = ...,
     return_lse: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def block_sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, *,
-    block_size: int | tuple[int, int] = ..., is_causal: bool = ..., scale: float | None = ..., enable_gqa: bool = ...,
+    block_size: int | tuple[int, int] = ..., is_causal: bool = ...,
+    scale: float | None = ..., enable_gqa: bool = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def block_sparse_attention(
