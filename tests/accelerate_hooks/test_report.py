@@ -52,6 +52,16 @@ class Every(Policy):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Quiet(Every):
+    """Only proceeds."""
+
+    name: ClassVar[str] = "quiet"
+
+    def around(self, call: Any) -> Any:
+        return call.proceed()
+
+
+@dataclass(frozen=True, kw_only=True)
 class HalfOfTheRows(Every):
     """Leaves out every row but the first, from the second step on."""
 
@@ -501,3 +511,24 @@ def test_a_wrong_audit(dit: Any, wrong: Any) -> None:
 def test_a_report_names_a_folder_that_is_not_there(dit, tmp_path):
     with enable(dit, Every()) as session, pytest.raises(AccelerateHooksError, match="no folder"):
         session.report().save(tmp_path / "nowhere" / "r.json")
+
+
+def test_visits_before_an_abort_are_written_down(dit: Any) -> None:
+    """Bookkeeping waits for the end of a forward, which may be an exception."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("half-way")
+
+    with enable(dit, Quiet()) as session:
+        generate(dit, steps=3)
+        blocks = [site for site in session.sites if site.kind == "block"]
+        before = [session.record(site).computed for site in blocks]
+        entries = len(session.trace)
+        handle = dit.transformer_blocks[1].norm1.register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="half-way"):
+            generate(dit, steps=1)
+        handle.remove()
+        after = [session.record(site).computed for site in blocks]
+        new = [(e.site, e.action) for e in list(session.trace)[entries:]]
+    assert [b - a for a, b in zip(before, after, strict=True)] == [1] + [0] * (len(blocks) - 1)
+    assert new == [("transformer_blocks.0", "run")]
