@@ -61,8 +61,7 @@ class Form:
         """The site gave ``out``."""
         flow.confirm_inside(call, out)
         if isinstance(out, torch.Tensor):
-            known = _Known(None, True, (), None, True, {(): out.shape}, _shapes(call))
-            self._set(flags(call), known)
+            self._set(flags(call), _plain(out.shape, _shapes(call)))
             return
         inputs = {id(v): p for p, v in _objects(call.arguments())}
         first, sure = tree.first(out), True
@@ -97,7 +96,7 @@ class Form:
         """The site gave a tensor of shape ``out`` for one of shape ``x`` under ``name``."""
         known = self._known.get(given)
         if known is None or not known.plain or known.shapes[()] != out:
-            self._set(given, _Known(None, True, (), None, True, {(): out}, {name: x}))
+            self._set(given, _plain(out, {name: x}))
         else:
             known.given[name] = x
 
@@ -168,6 +167,10 @@ def flags(call: Call) -> Any:
                 named = call.arguments().items()
                 return tuple((k, v) for k, v in named if isinstance(v, bool))
     return ()
+
+
+def _plain(out: torch.Size, given: dict[str, Any]) -> _Known:
+    return _Known(None, True, (), None, True, {(): out}, given)
 
 
 def _shapes(call: Call) -> dict[str, Any]:

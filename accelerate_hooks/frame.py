@@ -129,6 +129,9 @@ class Frame:
         numbers: dict[str, float] | None = None,
     ) -> None:
         self.account()
+        self._write(site, action, reason, numbers)
+
+    def _write(self, site: Site, action: str, reason: Any = None, numbers: Any = None) -> None:
         step = self.step
         self.session.trace.add(
             (step.run.number, step.index, step.branch, site.name, action, reason, numbers)
@@ -194,15 +197,14 @@ class Frame:
     def account(self) -> None:
         """Write down the visits computed since the last time: together, since between two visits
         this code is no longer in the processor's caches and takes several times as long."""
+        if not self.pending:
+            return
         pending, self.pending = self.pending, []
-        session, step = self.session, self.step
         for site, took, given, x, out in pending:
-            record = session.record(site)
+            record = self.session.record(site)
             record.count(took)
             record.form.learn_plain(given, site.port.x, x, out)
-            session.trace.add(
-                (step.run.number, step.index, step.branch, site.name, "run", None, None)
-            )
+            self._write(site, "run")
 
 
 def _events() -> tuple[Any, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import os
 from collections import Counter
 
@@ -50,7 +52,6 @@ def use_triton(op: str, device: torch.device, unfit: str | None) -> bool:
     return unfit is None
 
 
+@functools.cache
 def _has_triton() -> bool:
-    import importlib.util
-
     return importlib.util.find_spec("triton") is not None

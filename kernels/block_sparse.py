@@ -126,7 +126,9 @@ def _op(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     given = (q, k, v, counts, indices, block_q, block_k, is_causal, scale)
     if use_triton("block_sparse_attention", q.device, _unfit(q, block_q, block_k)):
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        from accelerate_hooks.kernels._block_sparse_triton import launch
+
+        out = q.new_empty(q.shape)
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)
         launch(*given, out, lse)
         return out, lse
@@ -172,9 +174,8 @@ def gathered(
     base = (head // heads * kv_heads + head % heads // (heads // kv_heads)) * columns
     row = torch.arange(rows).repeat(batch * heads)
     ragged = m % block_k != 0
-    order = counts.argsort(stable=True)
     room = (q.new_empty(0), q.new_empty(0))  # one for all parts: fresh pages cost more than copies
-    for count, jobs in _groups(counts, order):
+    for count, jobs in _groups(counts):
         if count == 0:
             out_blocks[jobs], lse_blocks[jobs] = 0.0, -math.inf
             continue
@@ -198,8 +199,9 @@ def gathered(
     return out[:, :, :n].contiguous(), lse[:, :, :n].contiguous()
 
 
-def _groups(counts: Tensor, order: Tensor) -> Iterator[tuple[int, Tensor]]:
+def _groups(counts: Tensor) -> Iterator[tuple[int, Tensor]]:
     """(count, the jobs that have it) in the order of the counts."""
+    order = counts.argsort(stable=True)
     values, sizes = counts[order].unique_consecutive(return_counts=True)
     return zip(values.tolist(), order.split(sizes.tolist()), strict=True)
 
@@ -245,18 +247,6 @@ def _unfit(q: Tensor, block_q: int, block_k: int) -> str | None:
     if any(b < 16 or b & (b - 1) for b in (block_q, block_k)):
         return f"block size {block_q} x {block_k} (powers of two from 16)"
     return None
-
-
-def launch(
-    q: Tensor, k: Tensor, v: Tensor, counts: Tensor, indices: Tensor,
-    block_q: int, block_k: int, is_causal: bool, scale: float, out: Tensor, lse: Tensor,
-) -> None:  # fmt: skip
-    """The Triton kernel, into ``out`` and ``lse``."""
-    from accelerate_hooks.kernels import _block_sparse_triton
-
-    _block_sparse_triton.launch(
-        q, k, v, counts, indices, block_q, block_k, is_causal, scale, out, lse
-    )
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, bq: int, bk: int, gqa: bool) -> None:
