@@ -19,7 +19,7 @@ def _kernel(
     o_b, o_h, o_n, o_d, c_b, c_h, c_r, i_b, i_h, i_r, i_c,
     heads, groups, n, m, d, scale,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
-    WIDTH: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    WIDTH: tl.constexpr, CAUSAL: tl.constexpr, LSE: tl.constexpr, PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
@@ -78,9 +78,10 @@ def _kernel(
         out + b * o_b + h * o_h + at.to(tl.int64)[:, None] * o_n + lane[None, :] * o_d,
         result.to(out.dtype.element_ty), mask=inside,
     )  # fmt: skip
-    log_sum = (top + tl.log2(tl.where(nothing, 1.0, total))) / 1.4426950408889634
-    log_sum = tl.where(nothing, float("-inf"), log_sum)
-    tl.store(lse + (b * heads + h) * n + at, log_sum, mask=at < n)
+    if LSE:
+        log_sum = (top + tl.log2(tl.where(nothing, 1.0, total))) / 1.4426950408889634
+        log_sum = tl.where(nothing, float("-inf"), log_sum)
+        tl.store(lse + (b * heads + h) * n + at, log_sum, mask=at < n)
 
 
 def launch(
@@ -99,7 +100,8 @@ def launch(
         *q.stride(), *k.stride(), *v.stride(), *out.stride(), *counts.stride(), *indices.stride(),
         heads, heads // k.shape[1], n, k.shape[2], d, scale * _LOG2E,
         BLOCK_Q=block_q, BLOCK_K=block_k, TILE_Q=tile_q, TILE_K=tile_k, WIDTH=width,
-        CAUSAL=is_causal, PRECISION="ieee" if q.dtype.itemsize == 4 else "tf32",
+        CAUSAL=is_causal, LSE=lse.numel() > 0,
+        PRECISION="ieee" if q.dtype.itemsize == 4 else "tf32",
         # the interpreter takes a product of bfloat16 for one of its bits as integers
         UPCAST=interpreted() and q.dtype == torch.bfloat16,
         num_warps=8 if tile_q * width >= 128 * 128 else 4, num_stages=2 if width > 128 else 3,

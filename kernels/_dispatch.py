@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: Triton, or PyTorch."""
+"""Which implementation of an op runs: Triton, our C, or PyTorch."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from collections import Counter
 
 import torch
 
+from accelerate_hooks.kernels import _native as native
+
 CHOICES = ("auto", "torch", "triton")
 FALLBACKS: Counter[tuple[str, str]] = Counter()
-"""How often Triton could not take what it was given, by (op, reason)."""
+"""How often Triton or C could not take what it was given, by (op, reason)."""
 
 
 class KernelError(ValueError):
@@ -24,7 +26,8 @@ def require(ok: bool, message: str) -> None:
 
 
 def wanted() -> str:
-    """``ACCELERATE_HOOKS_KERNELS``: ``auto`` (Triton on CUDA), ``torch`` or ``triton``."""
+    """``ACCELERATE_HOOKS_KERNELS``: ``auto`` (Triton on CUDA, C on a CPU), ``torch`` or
+    ``triton``."""
     value = os.environ.get("ACCELERATE_HOOKS_KERNELS", "auto").strip().lower() or "auto"
     require(
         value in CHOICES, f"ACCELERATE_HOOKS_KERNELS={value!r}; give one of {', '.join(CHOICES)}"
@@ -47,6 +50,20 @@ def use_triton(op: str, device: torch.device, unfit: str | None) -> bool:
         unfit = f"no Triton on {device.type} (TRITON_INTERPRET=1 runs it, slowly, in Python)"
     if unfit is None and not _has_triton():
         unfit = "Triton is not installed"
+    if unfit is not None:
+        FALLBACKS[op, unfit] += 1
+    return unfit is None
+
+
+def use_native(op: str, source: str, unfit: str | None) -> bool:
+    """Whether ``op`` runs on the CPU in our C (``source``); counted where it would but cannot."""
+    if wanted() == "torch":
+        return False
+    if unfit is None:
+        try:
+            native.library(source)
+        except native.Unavailable as error:
+            unfit = str(error)
     if unfit is not None:
         FALLBACKS[op, unfit] += 1
     return unfit is None

@@ -12,16 +12,20 @@ and ``out[i] = 0``, ``lse[i] = -inf`` where ``A(i)`` is empty. With every block 
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import math
 from collections.abc import Iterator
-from typing import Literal, overload
+from typing import ClassVar, Literal, overload
 
 import torch
 from torch import Tensor
 
-from accelerate_hooks.kernels._dispatch import require, use_triton
+from accelerate_hooks.kernels import _native as native
+from accelerate_hooks.kernels._dispatch import require, use_native, use_triton
 
 BlockMask = Tensor | tuple[Tensor, Tensor]
+_LOG2E = 1.4426950408889634
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _BUFFER = 1 << 21  # bytes of gathered keys (as many of values): what stays in the caches
 
@@ -80,7 +84,7 @@ def block_sparse_attention(
         _check_mask(tuple(indices.shape), (*counts.shape, columns), "indices")
     scale = 1.0 / math.sqrt(max(q.shape[3], 1)) if scale is None else scale
     out, lse = torch.ops.accelerate_hooks.block_sparse_attention(
-        q, k, v, counts, indices, bq, bk, is_causal, scale
+        q, k, v, counts, indices, bq, bk, is_causal, scale, return_lse
     )
     return (out, lse) if return_lse else out
 
@@ -103,9 +107,9 @@ def to_mask(counts: Tensor, indices: Tensor) -> Tensor:
 
 def reference(
     q: Tensor, k: Tensor, v: Tensor, counts: Tensor, indices: Tensor,
-    block_q: int, block_k: int, is_causal: bool, scale: float,
+    block_q: int, block_k: int, is_causal: bool, scale: float, with_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The formula, with every score in memory."""
+    """The formula, with every score in memory; the sums are empty unless ``with_lse``."""
     n, m, groups = q.shape[2], k.shape[2], q.shape[1] // max(k.shape[1], 1)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     k, v = (t.to(wide).repeat_interleave(groups, 1) for t in (k, v))
@@ -116,86 +120,165 @@ def reference(
     scores = (q.to(wide) @ k.transpose(-1, -2) * scale).masked_fill(~seen, -math.inf)
     lse = scores.logsumexp(-1) if m else scores.new_full(scores.shape[:-1], -math.inf)
     weights = (scores - lse.masked_fill(lse == -math.inf, 0.0).unsqueeze(-1)).exp()
-    return (weights @ v).to(q.dtype), lse
+    return (weights @ v).to(q.dtype), lse if with_lse else lse[:, :, :0].clone()
 
 
 @torch.library.custom_op("accelerate_hooks::block_sparse_attention", mutates_args=())
 def _op(
     q: Tensor, k: Tensor, v: Tensor, counts: Tensor, indices: Tensor,
-    block_q: int, block_k: int, is_causal: bool, scale: float,
+    block_q: int, block_k: int, is_causal: bool, scale: float, with_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     given = (q, k, v, counts, indices, block_q, block_k, is_causal, scale)
     if use_triton("block_sparse_attention", q.device, _unfit(q, block_q, block_k)):
         from accelerate_hooks.kernels._block_sparse_triton import launch
 
         out = q.new_empty(q.shape)
-        lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+        lse = q.new_empty(_lse_shape(q, with_lse), dtype=torch.float32)
         launch(*given, out, lse)
         return out, lse
     if q.device.type == "cpu" and q.dtype in _DTYPES:
-        return gathered(*given)
-    return reference(*given)
+        if use_native("block_sparse_attention", "_block_sparse", _unfit_for_c(block_k)):
+            return compiled(*given, with_lse)
+        return gathered(*given, with_lse)
+    return reference(*given, with_lse)
 
 
 @_op.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, counts: Tensor, indices: Tensor,
-    block_q: int, block_k: int, is_causal: bool, scale: float,
+    block_q: int, block_k: int, is_causal: bool, scale: float, with_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=wide)
+    return q.new_empty(q.shape), q.new_empty(_lse_shape(q, with_lse), dtype=wide)
+
+
+def _lse_shape(q: Tensor, with_lse: bool) -> tuple[int, ...]:
+    return (*q.shape[:2], q.shape[2] if with_lse else 0)
+
+
+class _Problem(ctypes.Structure):
+    """`Problem` of `_block_sparse.c`."""
+
+    _fields_: ClassVar = [
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "counts", "indices", "kv_head")),
+        *((name, ctypes.c_void_p) for name in ("out", "lse")),
+        *((name, ctypes.c_int64) for name in ("heads", "rows", "columns", "block_q", "block_k")),
+        *((name, ctypes.c_int64) for name in ("d", "m", "causal", "next")),
+    ]
+
+
+def compiled(
+    q: Tensor, k: Tensor, v: Tensor, counts: Tensor, indices: Tensor,
+    block_q: int, block_k: int, is_causal: bool, scale: float, with_lse: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The CPU path where there is a C compiler: blocks are read where they lie, in float32."""
+    (batch, heads, n, d), (kv_heads, m) = q.shape, k.shape[1:3]
+    rows, columns = math.ceil(n / block_q), math.ceil(m / block_k)
+    width = math.ceil(d / 16) * 16
+    out = torch.empty(batch, heads, rows * block_q, width)
+    lse = torch.empty(batch, heads, rows * block_q if with_lse else 0)
+    head = torch.arange(batch * heads)
+    kv_head = head // heads * kv_heads + head % heads // (heads // kv_heads)
+    given = {
+        "q": _padded(q.float() * (scale * _LOG2E), block_q, rows, width),
+        "k": _padded(k.float(), block_k, columns, width)
+        .view(batch, kv_heads, columns, block_k, width)
+        .mT.contiguous(),
+        "v": _padded(v.float(), block_k, columns, width),
+        "counts": counts.expand(batch, heads, rows).contiguous(),
+        "indices": indices.expand(batch, heads, rows, columns).contiguous(),
+        "kv_head": kv_head.int(),
+    }
+    pointers = {name: t.data_ptr() for name, t in given.items()}
+    problem = _Problem(
+        **pointers, out=out.data_ptr(), lse=lse.data_ptr() if with_lse else None,
+        heads=batch * heads, rows=rows, columns=columns, block_q=block_q, block_k=block_k,
+        d=width, m=m, causal=is_causal,
+    )  # fmt: skip
+    run = native.library("_block_sparse").block_sparse_attention
+    native.on_every_thread(functools.partial(run, ctypes.byref(problem)))
+    return out[:, :, :n, :d].to(q.dtype).contiguous(), lse[:, :, :n].contiguous()
+
+
+def _padded(t: Tensor, size: int, count: int, d: int | None = None) -> Tensor:
+    """``[B, H, tokens, D]``, filled with zeros to ``count`` blocks and a width of ``d``."""
+    missing = (0, (d or t.shape[3]) - t.shape[3], 0, size * count - t.shape[2])
+    return torch.nn.functional.pad(t, missing) if any(missing) else t.contiguous()
+
+
+def _unfit_for_c(block_k: int) -> str | None:
+    return f"blocks of {block_k} keys (multiples of 16)" if block_k % 16 else None
 
 
 def gathered(
     q: Tensor, k: Tensor, v: Tensor, counts: Tensor, indices: Tensor,
-    block_q: int, block_k: int, is_causal: bool, scale: float,
+    block_q: int, block_k: int, is_causal: bool, scale: float, with_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The CPU path: block rows with equally many blocks go together; the keys and values of a few
-    rows at a time are copied side by side, so that dense matrix products find them in the caches.
+    """The CPU path without a compiler: block rows with equally many blocks go together; the keys
+    and values of a few rows at a time are copied side by side, so that dense matrix products find
+    them in the caches.
+
+    Scores and sums are float32. Weights are rounded to bfloat16 before they meet bfloat16 values,
+    as PyTorch's own CPU attention does; float16 is computed in float32, which is twice as fast.
     """
     (batch, heads, n, d), m = q.shape, k.shape[2]
     rows, columns = math.ceil(n / block_q), math.ceil(m / block_k)
     out = q.new_empty(batch, heads, rows * block_q, d)
-    lse = q.new_empty(batch, heads, rows * block_q, dtype=torch.float32)
-    if out.numel() == 0:
-        return out[:, :, :n], lse[:, :, :n]
-    if is_causal:  # blocks with no key that any query of the row may see
+    lse = q.new_empty(batch, heads, rows * block_q if with_lse else 0, dtype=torch.float32)
+    edges = block_q // block_k + 2 if is_causal else int(m % block_k != 0)
+    if edges:  # blocks with a key that some query may not see come last
         mask = to_mask(counts, indices)
-        first = torch.arange(columns) * block_k
-        last = torch.arange(rows).add(1).mul(block_q).clamp(max=n).sub(1)
-        counts, indices = to_indices(mask & (first <= last.unsqueeze(1)))
+        if is_causal:
+            first = torch.arange(columns) * block_k
+            last = torch.arange(rows).add(1).mul(block_q).clamp(max=n).sub(1)
+            mask = mask & (first <= last.unsqueeze(1))
+        counts, indices = to_indices(mask)
     counts = counts.expand(batch, heads, rows).reshape(-1)
-    indices = indices.expand(batch, heads, rows, columns).reshape(-1, columns)
+    indices = indices.expand(batch, heads, rows, columns).reshape(len(counts), columns)
+    weight_dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
+    q_blocks, k_blocks, v_blocks = (
+        _padded(t, size, count).view(batch * t.shape[1] * count, size * d)
+        for t, size, count in (
+            (q.float(), block_q, rows), (k.float(), block_k, columns),
+            (v.to(weight_dtype), block_k, columns),
+        )
+    )  # fmt: skip
+    out_blocks = out.view(-1, block_q, d)
     kv_heads = k.shape[1]
-    q_blocks = _blocks(q, block_q, rows)
-    k_blocks, v_blocks = (_blocks(t, block_k, columns) for t in (k, v))
-    out_blocks, lse_blocks = out.view(-1, block_q, d), lse.view(-1, block_q)
     head = torch.arange(batch * heads).repeat_interleave(rows)
     base = (head // heads * kv_heads + head % heads // (heads // kv_heads)) * columns
     row = torch.arange(rows).repeat(batch * heads)
-    ragged = m % block_k != 0
-    room = (q.new_empty(0), q.new_empty(0))  # one for all parts: fresh pages cost more than copies
+    room: dict[str, Tensor] = {}  # one for all parts: fresh pages cost more than copies
     for count, jobs in _groups(counts):
         if count == 0:
-            out_blocks[jobs], lse_blocks[jobs] = 0.0, -math.inf
+            out_blocks[jobs] = 0.0
+            if with_lse:
+                lse.view(-1, block_q)[jobs] = -math.inf
             continue
-        block = block_k * d
-        for part in jobs.split(max(2, _BUFFER // (count * block * q.element_size()))):
+        for part in jobs.split(max(1, _BUFFER // (count * block_k * d * 4))):
+            shape = (len(part), count * block_k)
             chosen = indices[part, :count]
             where = (base[part].unsqueeze(1) + chosen).reshape(-1)
-            if room[0].numel() < len(where) * block:
-                room = (q.new_empty(len(where) * block), q.new_empty(len(where) * block))
-            keys, values = (
-                torch.index_select(t, 0, where, out=space[: len(where) * block].view(-1, block))
-                for t, space in zip((k_blocks, v_blocks), room, strict=True)
+            keys = torch.index_select(
+                k_blocks, 0, where, out=_space(room, "keys", (len(where), block_k * d), k_blocks)
             )
-            keys, values = (t.view(len(part), -1, d) for t in (keys, values))
-            bias = None
-            if is_causal or ragged:
-                bias = _bias(chosen, row[part], block_q, block_k, m, is_causal)
-            out_blocks[part], lse_blocks[part] = _dense(
-                q_blocks.index_select(0, part).view(-1, block_q, d), keys, values, bias, scale
+            values = torch.index_select(
+                v_blocks, 0, where, out=_space(room, "values", (len(where), block_k * d), v_blocks)
             )
+            scores = _space(room, "scores", (shape[0], block_q, shape[1]), k_blocks)
+            queries = q_blocks.index_select(0, part).view(-1, block_q, d)
+            keys = keys.view(*shape, d).transpose(1, 2)
+            torch.baddbmm(scores, queries, keys, beta=0, alpha=scale, out=scores)
+            dead = _hide(scores, chosen, row[part], edges, block_k, m, is_causal)
+            if with_lse:
+                lse.view(-1, block_q)[part] = scores.logsumexp(-1)
+            torch.softmax(scores, -1, out=scores)
+            if dead is not None:
+                scores.masked_fill_(dead, 0.0)
+            weights = scores
+            if weight_dtype != torch.float32:
+                weights = _space(room, "weights", tuple(scores.shape), v_blocks).copy_(scores)
+            out_blocks[part] = torch.bmm(weights, values.view(*shape, d)).to(q.dtype)
     return out[:, :, :n].contiguous(), lse[:, :, :n].contiguous()
 
 
@@ -206,36 +289,30 @@ def _groups(counts: Tensor) -> Iterator[tuple[int, Tensor]]:
     return zip(values.tolist(), order.split(sizes.tolist()), strict=True)
 
 
-def _blocks(t: Tensor, size: int, count: int) -> Tensor:
-    """``[B, H, tokens, D]`` as ``[B * H * count, size * D]``, the last block filled with zeros."""
-    missing = size * count - t.shape[2]
-    t = torch.nn.functional.pad(t, (0, 0, 0, missing)) if missing else t.contiguous()
-    return t.view(-1, size * t.shape[3])
+def _space(room: dict[str, Tensor], name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """A tensor of ``shape`` over memory kept in ``room``; it grows, and is not cleared."""
+    size = math.prod(shape)
+    if name not in room or room[name].numel() < size:
+        room[name] = like.new_empty(size)
+    return room[name][:size].view(shape)
 
 
-def _bias(
-    chosen: Tensor, row: Tensor, block_q: int, block_k: int, m: int, is_causal: bool
+def _hide(
+    scores: Tensor, chosen: Tensor, row: Tensor, edges: int, block_k: int, m: int, is_causal: bool
 ) -> Tensor | None:
-    """0 where a query of the row sees a key of the chosen blocks, else -inf; None if all do."""
-    j = (chosen.unsqueeze(-1) * block_k + torch.arange(block_k)).flatten(1).unsqueeze(1)
-    seen = j < m
+    """Fill with -inf what a query may not see in the last ``edges`` blocks of ``scores``
+    ``[jobs, block_q, keys]``. Returns the queries that see nothing at all, if there may be any."""
+    count, block_q = chosen.shape[1], scores.shape[1]
+    edges = min(edges, count)
+    if edges == 0:
+        return None
+    j = (chosen[:, count - edges :].unsqueeze(-1) * block_k + torch.arange(block_k)).flatten(1)
+    hidden = (j >= m).unsqueeze(1)
     if is_causal:
         i = row.view(-1, 1, 1) * block_q + torch.arange(block_q).view(1, -1, 1)
-        seen = seen & (j <= i)
-    if bool(seen.all()):
-        return None
-    return torch.zeros(seen.shape).masked_fill_(~seen, -math.inf)
-
-
-def _dense(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Attention of ``[jobs, queries, D]`` to ``[jobs, keys, D]`` and its lse."""
-    bias = None if bias is None else bias.to(q.dtype).unsqueeze(1).expand(-1, 1, q.shape[1], -1)
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), attn_mask=bias, scale=scale
-    )
-    return out.squeeze(1), lse.view(q.shape[:2])
+        hidden = hidden | (j.unsqueeze(1) > i)
+    scores[:, :, -edges * block_k :].masked_fill_(hidden, -math.inf)
+    return hidden.all(-1, keepdim=True) if is_causal and edges == count else None
 
 
 def _unfit(q: Tensor, block_q: int, block_k: int) -> str | None:

@@ -1,6 +1,9 @@
 """Block-sparse attention: each implementation against the formula in float64."""
 
+import functools
 import math
+import platform
+import shutil
 from dataclasses import dataclass
 
 import pytest
@@ -9,7 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from accelerate_hooks.kernels import KernelError, block_sparse, block_sparse_attention
+from accelerate_hooks.kernels import KernelError, _native, block_sparse, block_sparse_attention
 from accelerate_hooks.kernels._dispatch import FALLBACKS, interpreted
 
 # Relative RMS of the output against float64 on the same (rounded) inputs.
@@ -33,6 +36,9 @@ class Problem:
     def arguments(self):
         counts, indices = block_sparse.to_indices(self.mask)
         return self.q, self.k, self.v, counts, indices, *self.block, self.causal, self.scale
+
+    def with_lse(self):
+        return *self.arguments(), True
 
 
 @st.composite
@@ -100,22 +106,89 @@ def agree(got, wanted, dtype):
 @given(problems(most=40))
 @settings(max_examples=30)
 def test_the_reference_is_the_formula(p):
-    agree(block_sparse.reference(*p.arguments()), exact(p), p.q.dtype)
+    agree(block_sparse.reference(*p.with_lse()), exact(p), p.q.dtype)
 
 
 def wide(p):
-    q, k, v, *rest = p.arguments()
+    q, k, v, *rest = p.with_lse()
     return block_sparse.reference(q.double(), k.double(), v.double(), *rest)
 
 
+@pytest.fixture(scope="module")
+def memory_of_nan():
+    """New tensors hold NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @given(problems())
-def test_the_gathered_path_agrees(p):
-    agree(block_sparse.gathered(*p.arguments()), wide(p), p.q.dtype)
+def test_the_gathered_path_agrees(memory_of_nan, p):
+    agree(block_sparse.gathered(*p.with_lse()), wide(p), p.q.dtype)
 
 
 @given(problems(blocks=(5, 24, 128)))
-def test_the_gathered_path_takes_any_block(p):
-    agree(block_sparse.gathered(*p.arguments()), wide(p), p.q.dtype)
+def test_the_gathered_path_takes_any_block(memory_of_nan, p):
+    agree(block_sparse.gathered(*p.with_lse()), wide(p), p.q.dtype)
+
+
+@pytest.fixture(scope="module")
+def compiler():
+    try:
+        _native.library("_block_sparse")
+    except _native.Unavailable as error:
+        pytest.skip(str(error))
+
+
+@given(problems(blocks=(16, 32, 48, 128)))
+def test_the_compiled_path_agrees(memory_of_nan, compiler, p):
+    agree(block_sparse.compiled(*p.with_lse()), wide(p), p.q.dtype)
+
+
+def test_nan_is_not_hidden(compiler):
+    """What is not a number stays so where it is seen, and nowhere else."""
+    q, k, v = qkv(n=64)
+    q[0, 1, 3, 2] = k[1, 2, 40, 0] = math.nan
+    mask = torch.eye(2, dtype=torch.bool).expand(2, 3, 2, 2)
+    out = block_sparse_attention(q, k, v, mask, block_size=32).isnan().any(-1)
+    wanted = torch.zeros_like(out)
+    wanted[0, 1, 3] = wanted[1, 2, 32:] = True
+    assert torch.equal(out, wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flag", ["-mno-avx512f", "-mno-avx", "-O0"])
+def test_other_vectors_agree(flag, compiler, monkeypatch):
+    """The same source on a CPU of fewer lanes."""
+    if flag.startswith("-mno") and platform.machine() != "x86_64":
+        pytest.skip("x86 only")
+    monkeypatch.setenv("CC", f"{shutil.which('gcc') or 'cc'} {flag}")
+    monkeypatch.setattr(_native, "_build", functools.cache(_native._build.__wrapped__))
+    q, k, v = qkv(n=100, d=40)
+    mask = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(3)) < 0.6
+    p = Problem(q, k, v, mask, (32, 32), True, 0.2)
+    agree(block_sparse.compiled(*p.with_lse()), wide(p), q.dtype)
+
+
+def test_without_a_compiler_the_reason_is_counted(monkeypatch):
+    monkeypatch.setenv("CC", "no-such-compiler")
+    monkeypatch.setattr(_native, "_build", functools.cache(_native._build.__wrapped__))
+    q, k, v = qkv()
+    before = FALLBACKS.copy()
+    out = block_sparse_attention(q, k, v, torch.ones(1, 1, 3, 3, dtype=torch.bool))
+    ((op, reason),) = FALLBACKS - before
+    assert op == "block_sparse_attention"
+    assert "no-such-compiler cannot build _block_sparse.c" in reason
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v))
+
+
+def test_a_broken_compiler_leaves_nothing_behind(monkeypatch, tmp_path):
+    monkeypatch.setenv("CC", f"{shutil.which('gcc') or 'cc'} --no-such-flag")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(_native.Unavailable, match="no-such-flag"):
+        raise _native.Unavailable(_native._build.__wrapped__("_block_sparse"))
+    assert list((tmp_path / "accelerate_hooks").iterdir()) == []
 
 
 def poisoned(p, device="cpu"):
@@ -183,7 +256,7 @@ def test_opcheck():
     counts, indices = block_sparse.to_indices(torch.ones(1, 1, 3, 3, dtype=torch.bool))
     torch.library.opcheck(
         torch.ops.accelerate_hooks.block_sparse_attention.default,
-        (q, k, v, counts, indices, 32, 32, True, 0.1),
+        (q, k, v, counts, indices, 32, 32, True, 0.1, True),
     )
 
 
@@ -232,11 +305,11 @@ def test_what_triton_cannot_take_is_counted(monkeypatch):
     if not interpreted():
         pytest.skip("needs TRITON_INTERPRET=1 (make test sets it)")
     monkeypatch.setenv("ACCELERATE_HOOKS_KERNELS", "triton")
-    q, k, v = qkv(n=48)
+    q, k, v = qkv(n=96)
     before = FALLBACKS.copy()
-    out = block_sparse_attention(q, k, v, torch.ones(1, 1, 2, 2, dtype=torch.bool), block_size=24)
+    out = block_sparse_attention(q, k, v, torch.ones(1, 1, 2, 2, dtype=torch.bool), block_size=48)
     new = FALLBACKS - before
-    assert list(new) == [("block_sparse_attention", "block size 24 x 24 (powers of two from 16)")]
+    assert list(new) == [("block_sparse_attention", "block size 48 x 48 (powers of two from 16)")]
     torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v))
 
 

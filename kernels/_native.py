@@ -1,0 +1,109 @@
+"""C sources of this folder, compiled for the CPU at hand when first needed.
+
+The compiler is ``$CC``, or the first of ``cc``, ``gcc`` and ``clang``; the library stays in
+``$XDG_CACHE_HOME/accelerate_hooks`` (by default ``~/.cache``) under a hash of source, compiler,
+flags and CPU. Without a compiler an op says why and takes its PyTorch path.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC")
+_LOCK = threading.Lock()
+
+
+class Unavailable(Exception):
+    """Why there is no compiled code here."""
+
+
+def library(name: str) -> ctypes.CDLL:
+    """The compiled ``<name>.c``; raises `Unavailable` with the reason, every time the same."""
+    with _LOCK:
+        found = _build(name)
+    if isinstance(found, str):
+        raise Unavailable(found)
+    return found
+
+
+@functools.cache
+def _build(name: str) -> ctypes.CDLL | str:
+    compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
+    if compiler is None:
+        return "no C compiler (set CC, or install gcc or clang)"
+    source = Path(__file__).with_name(f"{name}.c")
+    command = [*shlex.split(compiler), *FLAGS]
+    try:
+        path = _cache() / f"{name.lstrip('_')}-{_key(source, command)}.so"
+        if not path.exists():
+            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+                made = Path(folder) / path.name
+                done = subprocess.run(
+                    [*command, str(source), "-o", str(made), "-lm"],
+                    capture_output=True, text=True, timeout=120,
+                )  # fmt: skip
+                if done.returncode:
+                    return f"{compiler} fails on {source.name}: {done.stderr.strip()[:300]}"
+                made.replace(path)  # whole or not at all, whoever else builds it now
+        return ctypes.CDLL(str(path))
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        return f"{compiler} cannot build {source.name}: {error}"
+
+
+def _key(source: Path, command: list[str]) -> str:
+    """Of all that makes the library what it is: a home may be shared between machines."""
+    version = subprocess.run([command[0], "--version"], capture_output=True, timeout=60).stdout
+    parts = [source.read_bytes(), version, " ".join(command).encode(), _cpu().encode()]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def _cpu() -> str:
+    """What `-march=native` may make use of."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    told = {line.split(":", 1)[0].strip(): line for line in lines if ":" in line}
+    features = [told.get(name, "") for name in ("model", "cpu family", "flags", "Features")]
+    return "\n".join((platform.machine(), platform.processor(), *features))
+
+
+def _cache() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(root) / "accelerate_hooks"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except (OSError, RuntimeError):
+        pass
+    return Path(tempfile.mkdtemp(prefix="accelerate_hooks-"))
+
+
+def on_every_thread(function: Callable[[], int]) -> None:
+    """Call ``function`` on as many threads as PyTorch uses; a result other than 0 is an error."""
+    results: list[int] = []
+    others = [
+        threading.Thread(target=lambda: results.append(function()), daemon=True)
+        for _ in range(torch.get_num_threads() - 1)
+    ]
+    for thread in others:
+        thread.start()
+    results.append(function())
+    for thread in others:
+        thread.join()
+    if any(results):
+        raise MemoryError("no memory for a block of scores")
