@@ -30,11 +30,9 @@ from accelerate_hooks.site import Effect, Port, Site, TokenLayout
 from accelerate_hooks.spec import Addressed, parse
 
 if TYPE_CHECKING:
-    from accelerate_hooks.policies import LazyStep
+    from accelerate_hooks.policies import DraftAttention, LazyStep
 
 __version__ = "0.1.0"
-
-_LAZY = {"LazyStep": "accelerate_hooks.policies"}
 
 __all__ = [
     "AccelerateHooksError",
@@ -42,6 +40,7 @@ __all__ = [
     "AlreadyEnabledError",
     "ArtifactError",
     "Call",
+    "DraftAttention",
     "Effect",
     "History",
     "InertWarning",
@@ -65,8 +64,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
+    if name in __all__:  # a policy: these are imported when first asked for
         import importlib
 
-        return getattr(importlib.import_module(_LAZY[name]), name)
+        return getattr(importlib.import_module("accelerate_hooks.policies"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -254,7 +254,7 @@ def _never(session: Session, lines: list[Data], totals: Data) -> str | None:
             return f"every forward was computed plainly: {'; '.join(inert)}"
         return "no forward yet" if session.active else "the session is inert, nothing was watched"
     skipping = any(
-        Effect.SKIP in policy.acts(site)
+        policy.acts(site) - {Effect.OBSERVE}
         for _, site in _sites(session)
         for _, policy in session.policies_at(site)
     )

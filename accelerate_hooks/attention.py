@@ -56,6 +56,12 @@ class Attention:
     default: Callable[..., torch.Tensor]
     extra: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def flops(self) -> int:
+        """What all scores and all values take, two a multiply-add (as `FlopMode` counts it)."""
+        (*_, n, d), (*_, m, dv) = self.q.shape, self.v.shape
+        return 2 * self.q.shape[0] * self.q.shape[1] * n * m * (d + dv)
+
 
 class AttentionMode(TorchFunctionMode):
     """Hands every ``F.scaled_dot_product_attention`` of this thread to ``fn``."""

@@ -18,6 +18,7 @@ from accelerate_hooks.stand_in import NAMES, is_cache
 
 if TYPE_CHECKING:
     from accelerate_hooks.call import Call
+    from accelerate_hooks.frame import Frame
     from accelerate_hooks.session import Session
     from accelerate_hooks.site import Site
 
@@ -65,6 +66,10 @@ class Audit:
         if frame.flops is not None:
             frame.flops.total = counted
         error = relative_error(_tensors(call, out), _tensors(call, true))
+        self.add(frame, site, error)
+
+    def add(self, frame: Frame, site: Site, error: torch.Tensor) -> None:
+        """Keep the error of a visit until it is read."""
         numbers: dict[str, float] = {}
         frame.log(site, "audit", numbers=numbers)
         self._pending.append((site, numbers, error))

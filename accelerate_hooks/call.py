@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Generator, Hashable, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from accelerate_hooks import flow, shorter, stand_in, tokens, tree
 from accelerate_hooks import rows as _rows
 from accelerate_hooks.errors import UnsupportedModelError
+from accelerate_hooks.history import relative_error
 from accelerate_hooks.opaque import opaque_functions
 from accelerate_hooks.run import Slot, Step
 from accelerate_hooks.site import Site, TokenLayout
@@ -103,6 +105,14 @@ class Call:
     def blocks(self) -> int:
         """How many blocks a forward of this model visits, as far as is known."""
         return self._frame.session.block_count(self._frame.root)
+
+    @property
+    def depth(self) -> int:
+        """How many sites of this kind at which this policy acts the model has before this one."""
+        session, index = self._frame.session, self._policy_index
+        kin = [s for s in session.root(self._frame.root).sites if s.kind == self.site.kind]
+        mine = [s for s in kin if any(i == index for i, _ in session.policies_at(s))]
+        return mine.index(self.site)
 
     def peers(self) -> list[Site]:
         """The sites of this kind and stack at which this policy acts, in order."""
@@ -287,6 +297,34 @@ class Call:
     def note(self, reason: str, **numbers: float) -> None:
         """Say why, for the trace and the report."""
         self._frame.note(self.site, reason, numbers)
+
+    def spare(self, flops: float, done: float = 0.0) -> None:
+        """Say, while the site's work is being done (inside `attention`, say), that ``flops``
+        operations of it are left out. ``done`` are operations that are done where no counter sees
+        them: in a kernel of the policy's own."""
+        self._frame.spare(self._policy_index, flops, done)
+
+    def audited(self) -> bool:
+        """Whether this visit is one of those whose true error the report shall give, by `error`."""
+        audit = self._frame.session.audit
+        return audit is not None and audit.due(self._frame.session.record(self.site).partly + 1)
+
+    @contextmanager
+    def beside(self) -> Generator[None]:
+        """Inside, work that is no part of the visit: its FLOPs are not counted."""
+        flops = self._frame.flops
+        before = 0 if flops is None else flops.total
+        try:
+            yield
+        finally:
+            if flops is not None:
+                flops.total = before
+
+    def error(self, out: torch.Tensor, true: torch.Tensor) -> None:
+        """Of an audited visit: the relative error of ``out`` (read when the report is made)."""
+        audit = self._frame.session.audit
+        if audit is not None:
+            audit.add(self._frame, self.site, relative_error((out,), (true,)))
 
     def remark(self, text: str) -> None:
         """Say, once a session, a line of the report."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from accelerate_hooks import flow
+from accelerate_hooks import flow, tree
 from accelerate_hooks.flops import FlopMode
 from accelerate_hooks.form import flags
 from accelerate_hooks.opaque import opaque_functions
@@ -18,7 +18,7 @@ from accelerate_hooks.patch import Patch
 from accelerate_hooks.recognise import Recogniser
 from accelerate_hooks.run import Step
 from accelerate_hooks.seam import Seam
-from accelerate_hooks.site import Site
+from accelerate_hooks.site import Site, TokenLayout
 
 if TYPE_CHECKING:
     from accelerate_hooks.call import Call
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 FRAME: contextvars.ContextVar[Frame | None] = contextvars.ContextVar("frame", default=None)
 HEADING: contextvars.ContextVar[Any] = contextvars.ContextVar("heading", default=None)
 PLAIN_INSIDE: contextvars.ContextVar[Frame | None] = contextvars.ContextVar("plain", default=None)
-_UNSET = object()
 
 
 class Root:
@@ -59,7 +58,6 @@ class Frame:
     """One forward of one root."""
 
     __slots__ = (
-        "_layout",
         "arguments",
         "cuts",
         "flops",
@@ -75,6 +73,7 @@ class Frame:
         "root",
         "saved_flops",
         "session",
+        "spared",
         "step",
         "uncounted",
         "visits",
@@ -103,14 +102,17 @@ class Frame:
         self.uncounted = 0
         self.length = 0
         self.keys = 0
-        self._layout: Any = _UNSET
+        self.spared = 0.0
 
     @property
-    def layout(self) -> Any:
-        if self._layout is _UNSET:
-            patch = self.session.patch(self.root)
-            self._layout = patch.layout(self.root, self.arguments)
-        return self._layout
+    def layout(self) -> TokenLayout | None:
+        """Of the tokens of this forward; asked once a run and shape (some read a tensor)."""
+        key = (self.root, *(tuple(t.shape) for _, t in tree.leaves(self.arguments)))
+        layouts = self.step.run.layouts
+        if key not in layouts:
+            rule = self.session.patch(self.root).layout_of(self.root)
+            layouts[key] = None if rule is None else rule(self.arguments)
+        return layouts[key]
 
     def count_read(self) -> None:
         self.session.host_reads += 1
@@ -155,6 +157,14 @@ class Frame:
             numbers["flops_saved"] = saved
         self.log(site, "skip" if share == 1.0 else "rows", numbers=numbers)
 
+    def spare(self, policy: int, flops: float, done: float) -> None:
+        """The visit that is being computed leaves out ``flops`` operations; ``done`` are some that
+        no counter sees."""
+        self.spared += flops
+        if self.flops is not None:
+            self.flops.total += round(done)
+        self.session.skips[policy] = self.session.skips.get(policy, 0) + 1
+
     def plain(self, seam: Seam, args: Any, kwargs: Any) -> Any:
         """The original forward without policies inside, for checks and skipped keys and values."""
         token = PLAIN_INSIDE.set(self)
@@ -166,8 +176,9 @@ class Frame:
     def compute(self, call: Call, args: Any, kwargs: Any) -> Any:
         """The original forward, watched."""
         parent, self.parent = self.parent, call
-        flops, left_out = self.flops, self.left_out
+        flops, uncounted, saved = self.flops, self.uncounted, self.saved_flops
         before = 0 if flops is None else flops.total
+        around, self.spared = self.spared, 0.0
         x = call.x
         is_tensor = isinstance(x, torch.Tensor)
         events = _events() if is_tensor and x.is_cuda else None
@@ -176,23 +187,41 @@ class Frame:
             out = call._seam.original(*args, **kwargs)
         finally:
             self.parent = parent
+            spared, self.spared = self.spared, around
         took: Any = time.perf_counter() - start
         if events is not None:
             events[1].record()
             took = events
         site = call.site
         usual = is_tensor and isinstance(out, torch.Tensor) and site.port.confirmed
-        if usual and flops is None and not self.partial:
+        if usual and flops is None and not self.partial and not spared:
             self.pending.append((site, took, flags(call), x.shape, out.shape))
             return out
         record = self.session.record(site)
-        record.count(took, rough=flops is not None, partial=self.partial)
-        if flops is not None and is_tensor and self.left_out == left_out:
-            record.flops[tuple(x.shape)] = flops.total - before
+        record.count(took, rough=flops is not None, partial=self.partial or spared > 0)
+        if flops is not None and is_tensor and self.uncounted == uncounted:
+            saved = self.saved_flops - saved + round(spared)
+            record.flops[tuple(x.shape)] = flops.total - before + saved
         if not self.partial:
             record.form.learn(call, out)
-            self.log(site, "run")
+            if spared:
+                self._leave_out_part(site, x, spared)
+            else:
+                self.log(site, "run")
         return out
+
+    def _leave_out_part(self, site: Site, x: Any, spared: float) -> None:
+        """A visit was computed with ``spared`` operations fewer than it has."""
+        record = self.session.record(site)
+        whole = record.flops.get(tuple(x.shape) if isinstance(x, torch.Tensor) else ())
+        share = spared / whole if whole else 0.0
+        record.partly += 1
+        record.rows_left_out += share
+        record.saved_flops += round(spared)
+        self.left_out += 1
+        self.saved_flops += round(spared)
+        numbers = {"share_left_out": share, "flops_saved": round(spared)}
+        self.log(site, "rows", numbers=numbers)
 
     def account(self) -> None:
         """Write down the visits computed since the last time: together, since between two visits

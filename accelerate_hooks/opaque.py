@@ -7,8 +7,12 @@ imports Dynamo (over a second) and wraps; a mark on the code object needs neithe
 
 from __future__ import annotations
 
+import functools
+import sys
 import types
 from typing import Any, TypeVar
+
+import torch
 
 F = TypeVar("F")
 
@@ -52,6 +56,23 @@ def opaque(fn: F) -> F:
 
         torch._dynamo.skip(fn)  # type: ignore[arg-type]
     return fn
+
+
+def uncompiled(fn: F) -> F:
+    """Run a function, and all that it calls, outside Dynamo: for arithmetic that is no part of the
+    model's own frames (a kernel, a decision). Without Dynamo at work it is the function itself."""
+    inner = None
+
+    @functools.wraps(fn)  # type: ignore[arg-type]
+    def run(*args: Any, **kwargs: Any) -> Any:
+        nonlocal inner
+        if "torch._dynamo" not in sys.modules:
+            return fn(*args, **kwargs)  # type: ignore[operator]
+        if inner is None:
+            inner = torch.compiler.disable(fn)
+        return inner(*args, **kwargs)  # type: ignore[misc]
+
+    return opaque(run)  # type: ignore[return-value]
 
 
 def opaque_members(owner: type) -> None:

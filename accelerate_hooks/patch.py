@@ -10,6 +10,8 @@ from torch import nn
 
 from accelerate_hooks.site import Site, TokenLayout
 
+LayoutRule = Callable[[dict[str, Any]], TokenLayout | None]
+
 
 class Patch:
     """One library's (or family's) knowledge of where models can be intercepted."""
@@ -28,7 +30,9 @@ class Patch:
         """Why a block or attention must be neither skipped nor reshaped, or None."""
         return None
 
-    def layout(self, model: nn.Module, arguments: dict[str, Any]) -> TokenLayout | None:
+    def layout_of(self, model: nn.Module) -> LayoutRule | None:
+        """How the layout of a forward's tokens follows from its arguments; None where nobody knows
+        for this model."""
         return None
 
     def noise(self, scheduler: Any) -> list[tuple[float, float]]:

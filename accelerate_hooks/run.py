@@ -38,6 +38,7 @@ class Run:
     peak_bytes: int = 0
     generators: dict[int, torch.Generator] = field(default_factory=dict)
     cuts: list[Any] = field(default_factory=list)
+    layouts: dict[Hashable, Any] = field(default_factory=dict)
 
     def measure(self) -> int:
         seen: set[int] = set()
@@ -49,6 +50,7 @@ class Run:
         self.slots.clear()
         self.generators.clear()
         self.cuts.clear()
+        self.layouts.clear()
         self.bytes = 0
 
     def map_rows(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:

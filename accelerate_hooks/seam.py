@@ -103,6 +103,8 @@ def _replicate(override: Override, args: Any, kwargs: Any) -> Any:
                 vars(replica)[name] = value.original
             else:
                 del vars(replica)[name]
+        elif "_accelerate_hooks" in getattr(value, "__dict__", ()):  # a patch's: copies are plain
+            vars(replica)[name] = copy.copy(value)
     return replica
 
 

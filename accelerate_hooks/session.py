@@ -192,6 +192,10 @@ class Session:
         """No policy acts at this site any more."""
         self._plan[site] = []
 
+    def knows_layout(self, root: Root) -> bool:
+        """Whether the patch can say where the tokens of this model stand."""
+        return root.patch.layout_of(root.model) is not None
+
     def block_count(self, model: nn.Module) -> int:
         return sum(site.kind == "block" for site in self.root(model).sites)
 
@@ -274,8 +278,8 @@ class Session:
             else:
                 with frame.flops:
                     out = self._begin(root, frame, seam, args, kwargs)
-                root.tries += frame.left_out > 0
-                if frame.left_out == 0 or root.tries > _COUNTED_IN_PART:
+                root.tries += frame.uncounted > 0
+                if frame.uncounted == 0 or root.tries > _COUNTED_IN_PART:
                     root.counted.add(shape)
         except BaseException:
             step.run.broken = True

@@ -37,6 +37,28 @@ class TokenLayout:
     def visual(self) -> int:
         return self.frames * self.height * self.width
 
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        return self.frames, self.height, self.width
+
+    def at(self, tokens: int) -> TokenLayout | None:
+        """This layout for a sequence of ``tokens``: with its text and special tokens or without
+        (a stream by itself), or of a picture halved again and again (a U-Net's inner stages); None
+        where none fits."""
+        text = 0 if self.text is None else self.text.stop - self.text.start
+        if tokens == self.visual + text + self.special:
+            return self
+        if tokens == self.visual:
+            return TokenLayout(*self.grid)
+        if self.frames == self.height == 1 and not text and not self.special:
+            return TokenLayout(1, 1, tokens)  # a line has any length
+        height, width = self.height, self.width
+        while not text and not self.special and (height > 1 or width > 1):
+            height, width = (height + 1) // 2, (width + 1) // 2
+            if tokens == self.frames * height * width:
+                return TokenLayout(self.frames, height, width)
+        return None
+
 
 @dataclass(frozen=True)
 class Port:

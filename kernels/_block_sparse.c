@@ -33,12 +33,15 @@ typedef struct {
     const int32_t *counts;  /* [heads, rows] */
     const int32_t *indices; /* [heads, rows, columns] */
     const int32_t *kv_head; /* [heads] */
+    const float *bias;      /* [batch, columns * block_k], added to scores; or NULL */
     float *out;             /* [heads, rows * block_q, d] */
     float *lse;             /* [heads, rows * block_q], or NULL */
     int64_t heads, rows, columns, block_q, block_k, d; /* block_k and d: multiples of 16 */
     int64_t m;              /* keys from here on do not exist */
     int64_t causal;         /* key j is seen by queries i >= j only */
+    int64_t batch;
     int64_t next;           /* the next job */
+    int64_t failed;         /* set to 1 where there is no memory */
 } Problem;
 
 static inline floats load(const float *p) {
@@ -135,7 +138,8 @@ static void attend(const Problem *t, int64_t job, float *scores, float *acc, flo
                    float *sum) {
     int64_t bq = t->block_q, bk = t->block_k, d = t->d, row = job % t->rows;
     int64_t first_block = t->kv_head[job / t->rows] * t->columns;
-    const float *q = t->q + job * bq * d;
+    const float *q = t->q + job * bq * d, *bias = t->bias;
+    if (bias) bias += job / (t->heads / t->batch * t->rows) * t->columns * bk;
     memset(acc, 0, sizeof(float) * bq * d);
     memset(sum, 0, sizeof(float) * bq);
     for (int64_t i = 0; i < bq; i++) top[i] = -INFINITY;
@@ -146,6 +150,9 @@ static void attend(const Problem *t, int64_t job, float *scores, float *acc, flo
         int edge = j0 + bk > t->m || (t->causal && j0 + bk - 1 > row * bq);
         for (int64_t i = 0; i < bq; i++) {
             float *mine = scores + i * bk;
+            if (bias)
+                for (int64_t j = 0; j < bk; j += LANES)
+                    store(mine + j, load(mine + j) + load(bias + j0 + j));
             if (edge) {
                 int64_t seen = t->m - j0;
                 if (t->causal && row * bq + i + 1 - j0 < seen) seen = row * bq + i + 1 - j0;
@@ -171,11 +178,14 @@ static void attend(const Problem *t, int64_t job, float *scores, float *acc, flo
     }
 }
 
-/* Do jobs until none is left. Returns 0, or 1 where there is no memory. */
-int block_sparse_attention(Problem *t) {
+/* Do jobs until none is left. */
+void block_sparse_attention(Problem *t) {
     int64_t bq = t->block_q;
     float *room = malloc(sizeof(float) * bq * (t->block_k + t->d + 2));
-    if (!room) return 1;
+    if (!room) {
+        t->failed = 1;
+        return;
+    }
     float *acc = room + bq * t->block_k, *top = acc + bq * t->d;
     for (;;) {
         int64_t job = __atomic_fetch_add(&t->next, 1, __ATOMIC_RELAXED);
@@ -183,5 +193,4 @@ int block_sparse_attention(Problem *t) {
         attend(t, job, room, acc, top, top + bq);
     }
     free(room);
-    return 0;
 }

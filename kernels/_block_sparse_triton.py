@@ -14,13 +14,13 @@ _LOG2E = 1.4426950408889634
 
 @triton.jit
 def _kernel(
-    q, k, v, counts, indices, out, lse,
+    q, k, v, counts, indices, key_mask, out, lse,
     q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d,
-    o_b, o_h, o_n, o_d, c_b, c_h, c_r, i_b, i_h, i_r, i_c,
+    o_b, o_h, o_n, o_d, c_b, c_h, c_r, i_b, i_h, i_r, i_c, m_b, m_m,
     heads, groups, n, m, d, scale,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
-    WIDTH: tl.constexpr, CAUSAL: tl.constexpr, LSE: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    WIDTH: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, LSE: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     b = (tl.program_id(1) // heads).to(tl.int64)
@@ -53,6 +53,9 @@ def _kernel(
             keys = keys.to(tl.float32)
         scores = tl.dot(mine, keys, input_precision=PRECISION) * scale
         seen = (j < m)[None, :]
+        if MASKED:
+            kept = tl.load(key_mask + b * m_b + j.to(tl.int64) * m_m, mask=j < m, other=0)
+            seen = seen & (kept != 0)[None, :]
         if CAUSAL:
             seen = seen & (j[None, :] <= at[:, None])
         scores = tl.where(seen, scores, float("-inf"))
@@ -85,7 +88,7 @@ def _kernel(
 
 
 def launch(
-    q: Tensor, k: Tensor, v: Tensor, counts: Tensor, indices: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, counts: Tensor, indices: Tensor, key_mask: Tensor | None,
     block_q: int, block_k: int, is_causal: bool, scale: float, out: Tensor, lse: Tensor,
 ) -> None:  # fmt: skip
     batch, heads, n, d = q.shape
@@ -93,14 +96,17 @@ def launch(
         return
     counts = counts.expand(batch, heads, -1)
     indices = indices.expand(batch, heads, -1, -1)
+    masked = key_mask is not None
+    kept = counts if key_mask is None else key_mask.view(torch.uint8)
     tile_q, tile_k = min(block_q, 128), min(block_k, 64)
     width = max(16, triton.next_power_of_2(d))
     _kernel[(triton.cdiv(n, tile_q), batch * heads)](
-        q, k, v, counts, indices, out, lse,
+        q, k, v, counts, indices, kept, out, lse,
         *q.stride(), *k.stride(), *v.stride(), *out.stride(), *counts.stride(), *indices.stride(),
+        *(kept.stride() if masked else (0, 0)),
         heads, heads // k.shape[1], n, k.shape[2], d, scale * _LOG2E,
         BLOCK_Q=block_q, BLOCK_K=block_k, TILE_Q=tile_q, TILE_K=tile_k, WIDTH=width,
-        CAUSAL=is_causal, LSE=lse.numel() > 0,
+        CAUSAL=is_causal, MASKED=masked, LSE=lse.numel() > 0,
         PRECISION="ieee" if q.dtype.itemsize == 4 else "tf32",
         # the interpreter takes a product of bfloat16 for one of its bits as integers
         UPCAST=interpreted() and q.dtype == torch.bfloat16,

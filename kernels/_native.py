@@ -17,7 +17,6 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -93,17 +92,36 @@ def _cache() -> Path:
     return Path(tempfile.mkdtemp(prefix="accelerate_hooks-"))
 
 
-def on_every_thread(function: Callable[[], int]) -> None:
-    """Call ``function`` on as many threads as PyTorch uses; a result other than 0 is an error."""
-    results: list[int] = []
-    others = [
-        threading.Thread(target=lambda: results.append(function()), daemon=True)
-        for _ in range(torch.get_num_threads() - 1)
-    ]
-    for thread in others:
-        thread.start()
-    results.append(function())
-    for thread in others:
-        thread.join()
-    if any(results):
-        raise MemoryError("no memory for a block of scores")
+def on_every_thread(function: ctypes._CFuncPtr, argument: ctypes.Structure) -> None:
+    """Call ``function(&argument)`` on as many threads as PyTorch uses, and wait for all.
+
+    They are PyTorch's own threads where those are GNU OpenMP's: while those still spin after
+    PyTorch's last operation, threads of ours would wait for a core. Else they are new ones.
+    """
+    count = torch.get_num_threads()
+    if count == 1:
+        function(ctypes.byref(argument))
+    elif (parallel := _openmp()) is not None:
+        parallel(function, ctypes.byref(argument), count, 0)
+    else:
+        new = [
+            threading.Thread(target=function, args=(ctypes.byref(argument),), daemon=True)
+            for _ in range(count - 1)
+        ]
+        for thread in new:
+            thread.start()
+        function(ctypes.byref(argument))
+        for thread in new:
+            thread.join()
+
+
+@functools.cache
+def _openmp() -> ctypes._CFuncPtr | None:
+    """``GOMP_parallel(function, argument, threads, flags)`` of the library that PyTorch loaded."""
+    try:
+        parallel = ctypes.CDLL(None).GOMP_parallel
+    except (AttributeError, OSError, TypeError):
+        return None
+    parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    parallel.restype = None
+    return parallel

@@ -13,7 +13,6 @@ and ``out[i] = 0``, ``lse[i] = -inf`` where ``A(i)`` is empty. With every block 
 from __future__ import annotations
 
 import ctypes
-import functools
 import math
 from collections.abc import Iterator
 from typing import ClassVar, Literal, overload
@@ -34,14 +33,14 @@ _BUFFER = 1 << 21  # bytes of gathered keys (as many of values): what stays in t
 def block_sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, *,
     block_size: int | tuple[int, int] = ..., is_causal: bool = ...,
-    scale: float | None = ..., enable_gqa: bool = ...,
+    scale: float | None = ..., enable_gqa: bool = ..., key_mask: Tensor | None = ...,
     return_lse: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def block_sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, *,
     block_size: int | tuple[int, int] = ..., is_causal: bool = ...,
-    scale: float | None = ..., enable_gqa: bool = ...,
+    scale: float | None = ..., enable_gqa: bool = ..., key_mask: Tensor | None = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def block_sparse_attention(
@@ -54,6 +53,7 @@ def block_sparse_attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    key_mask: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Scaled dot-product attention in which every block of queries sees only its chosen blocks of
@@ -65,6 +65,7 @@ def block_sparse_attention(
     makes them. ``block_size`` is (queries, keys), or one number for both; the last blocks may be
     ragged. Causal means ``j <= i``, as in PyTorch. ``scale`` is ``1 / sqrt(D)`` by default. With
     ``enable_gqa`` head ``h`` of the queries uses head ``h // (Hq / Hkv)`` of keys and values.
+    ``key_mask`` ``[B or 1, M]`` is False at keys that nobody sees (padding).
     Returns ``[B, Hq, N, D]``, and with ``return_lse`` the log of the sum of exponentials
     ``[B, Hq, N]`` in float32. There is no backward: call it under ``torch.no_grad()``.
     """
@@ -82,9 +83,17 @@ def block_sparse_attention(
         counts, indices = block_mask
         _check_mask(tuple(counts.shape), (*q.shape[:2], rows), "counts")
         _check_mask(tuple(indices.shape), (*counts.shape, columns), "indices")
+    if key_mask is not None:
+        require(
+            key_mask.dtype == torch.bool
+            and key_mask.shape in ((len(q), k.shape[2]), (1, k.shape[2])),
+            f"key_mask is {key_mask.dtype} {tuple(key_mask.shape)}; give bools "
+            f"[{len(q)} or 1, {k.shape[2]}]",
+        )
+        key_mask = key_mask.expand(len(q), -1)
     scale = 1.0 / math.sqrt(max(q.shape[3], 1)) if scale is None else scale
     out, lse = torch.ops.accelerate_hooks.block_sparse_attention(
-        q, k, v, counts, indices, bq, bk, is_causal, scale, return_lse
+        q, k, v, counts, indices, key_mask, bq, bk, is_causal, scale, return_lse
     )
     return (out, lse) if return_lse else out
 
@@ -107,7 +116,8 @@ def to_mask(counts: Tensor, indices: Tensor) -> Tensor:
 
 def reference(
     q: Tensor, k: Tensor, v: Tensor, counts: Tensor, indices: Tensor,
-    block_q: int, block_k: int, is_causal: bool, scale: float, with_lse: bool,
+    key_mask: Tensor | None, block_q: int, block_k: int, is_causal: bool, scale: float,
+    with_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The formula, with every score in memory; the sums are empty unless ``with_lse``."""
     n, m, groups = q.shape[2], k.shape[2], q.shape[1] // max(k.shape[1], 1)
@@ -117,6 +127,8 @@ def reference(
     seen = seen.repeat_interleave(block_q, 2)[:, :, :n].repeat_interleave(block_k, 3)[..., :m]
     if is_causal:
         seen = seen & torch.ones(n, m, dtype=torch.bool, device=q.device).tril()
+    if key_mask is not None:
+        seen = seen & key_mask[:, None, None]
     scores = (q.to(wide) @ k.transpose(-1, -2) * scale).masked_fill(~seen, -math.inf)
     lse = scores.logsumexp(-1) if m else scores.new_full(scores.shape[:-1], -math.inf)
     weights = (scores - lse.masked_fill(lse == -math.inf, 0.0).unsqueeze(-1)).exp()
@@ -126,9 +138,10 @@ def reference(
 @torch.library.custom_op("accelerate_hooks::block_sparse_attention", mutates_args=())
 def _op(
     q: Tensor, k: Tensor, v: Tensor, counts: Tensor, indices: Tensor,
-    block_q: int, block_k: int, is_causal: bool, scale: float, with_lse: bool,
+    key_mask: Tensor | None, block_q: int, block_k: int, is_causal: bool, scale: float,
+    with_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    given = (q, k, v, counts, indices, block_q, block_k, is_causal, scale)
+    given = (q, k, v, counts, indices, key_mask, block_q, block_k, is_causal, scale)
     if use_triton("block_sparse_attention", q.device, _unfit(q, block_q, block_k)):
         from accelerate_hooks.kernels._block_sparse_triton import launch
 
@@ -146,7 +159,8 @@ def _op(
 @_op.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, counts: Tensor, indices: Tensor,
-    block_q: int, block_k: int, is_causal: bool, scale: float, with_lse: bool,
+    key_mask: Tensor | None, block_q: int, block_k: int, is_causal: bool, scale: float,
+    with_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(q.shape), q.new_empty(_lse_shape(q, with_lse), dtype=wide)
@@ -161,15 +175,16 @@ class _Problem(ctypes.Structure):
 
     _fields_: ClassVar = [
         *((name, ctypes.c_void_p) for name in ("q", "k", "v", "counts", "indices", "kv_head")),
-        *((name, ctypes.c_void_p) for name in ("out", "lse")),
+        *((name, ctypes.c_void_p) for name in ("bias", "out", "lse")),
         *((name, ctypes.c_int64) for name in ("heads", "rows", "columns", "block_q", "block_k")),
-        *((name, ctypes.c_int64) for name in ("d", "m", "causal", "next")),
+        *((name, ctypes.c_int64) for name in ("d", "m", "causal", "batch", "next", "failed")),
     ]
 
 
 def compiled(
     q: Tensor, k: Tensor, v: Tensor, counts: Tensor, indices: Tensor,
-    block_q: int, block_k: int, is_causal: bool, scale: float, with_lse: bool,
+    key_mask: Tensor | None, block_q: int, block_k: int, is_causal: bool, scale: float,
+    with_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The CPU path where there is a C compiler: blocks are read where they lie, in float32."""
     (batch, heads, n, d), (kv_heads, m) = q.shape, k.shape[1:3]
@@ -189,14 +204,20 @@ def compiled(
         "indices": indices.expand(batch, heads, rows, columns).contiguous(),
         "kv_head": kv_head.int(),
     }
+    if key_mask is not None:
+        bias = torch.zeros(batch, columns * block_k)
+        bias[:, :m].masked_fill_(~key_mask, -math.inf)
+        given["bias"] = bias
     pointers = {name: t.data_ptr() for name, t in given.items()}
     problem = _Problem(
         **pointers, out=out.data_ptr(), lse=lse.data_ptr() if with_lse else None,
         heads=batch * heads, rows=rows, columns=columns, block_q=block_q, block_k=block_k,
-        d=width, m=m, causal=is_causal,
+        d=width, m=m, causal=is_causal, batch=batch,
     )  # fmt: skip
     run = native.library("_block_sparse").block_sparse_attention
-    native.on_every_thread(functools.partial(run, ctypes.byref(problem)))
+    native.on_every_thread(run, problem)
+    if problem.failed:
+        raise MemoryError(f"no memory for a block of {block_q} x {block_k} scores")
     return out[:, :, :n, :d].to(q.dtype).contiguous(), lse[:, :, :n].contiguous()
 
 
@@ -212,7 +233,8 @@ def _unfit_for_c(block_k: int) -> str | None:
 
 def gathered(
     q: Tensor, k: Tensor, v: Tensor, counts: Tensor, indices: Tensor,
-    block_q: int, block_k: int, is_causal: bool, scale: float, with_lse: bool,
+    key_mask: Tensor | None, block_q: int, block_k: int, is_causal: bool, scale: float,
+    with_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The CPU path without a compiler: block rows with equally many blocks go together; the keys
     and values of a few rows at a time are copied side by side, so that dense matrix products find
@@ -225,14 +247,6 @@ def gathered(
     rows, columns = math.ceil(n / block_q), math.ceil(m / block_k)
     out = q.new_empty(batch, heads, rows * block_q, d)
     lse = q.new_empty(batch, heads, rows * block_q if with_lse else 0, dtype=torch.float32)
-    edges = block_q // block_k + 2 if is_causal else int(m % block_k != 0)
-    if edges:  # blocks with a key that some query may not see come last
-        mask = to_mask(counts, indices)
-        if is_causal:
-            first = torch.arange(columns) * block_k
-            last = torch.arange(rows).add(1).mul(block_q).clamp(max=n).sub(1)
-            mask = mask & (first <= last.unsqueeze(1))
-        counts, indices = to_indices(mask)
     counts = counts.expand(batch, heads, rows).reshape(-1)
     indices = indices.expand(batch, heads, rows, columns).reshape(len(counts), columns)
     weight_dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
@@ -248,6 +262,10 @@ def gathered(
     head = torch.arange(batch * heads).repeat_interleave(rows)
     base = (head // heads * kv_heads + head % heads // (heads // kv_heads)) * columns
     row = torch.arange(rows).repeat(batch * heads)
+    seen = torch.arange(columns * block_k).expand(batch, -1) < m
+    if key_mask is not None:
+        seen = seen & torch.nn.functional.pad(key_mask, (0, columns * block_k - m))
+    whole = bool(seen.all())
     room: dict[str, Tensor] = {}  # one for all parts: fresh pages cost more than copies
     for count, jobs in _groups(counts):
         if count == 0:
@@ -269,12 +287,19 @@ def gathered(
             queries = q_blocks.index_select(0, part).view(-1, block_q, d)
             keys = keys.view(*shape, d).transpose(1, 2)
             torch.baddbmm(scores, queries, keys, beta=0, alpha=scale, out=scores)
-            dead = _hide(scores, chosen, row[part], edges, block_k, m, is_causal)
+            hidden = None
+            if is_causal or not whole:
+                j = (chosen.unsqueeze(-1) * block_k + torch.arange(block_k)).flatten(1)
+                hidden = ~seen[head[part] // heads].gather(1, j).unsqueeze(1)
+                if is_causal:
+                    i = row[part].view(-1, 1, 1) * block_q + torch.arange(block_q).view(1, -1, 1)
+                    hidden = hidden | (j.unsqueeze(1) > i)
+                scores.masked_fill_(hidden, -math.inf)
             if with_lse:
                 lse.view(-1, block_q)[part] = scores.logsumexp(-1)
             torch.softmax(scores, -1, out=scores)
-            if dead is not None:
-                scores.masked_fill_(dead, 0.0)
+            if hidden is not None:
+                scores.masked_fill_(hidden.all(-1, keepdim=True), 0.0)
             weights = scores
             if weight_dtype != torch.float32:
                 weights = _space(room, "weights", tuple(scores.shape), v_blocks).copy_(scores)
@@ -295,24 +320,6 @@ def _space(room: dict[str, Tensor], name: str, shape: tuple[int, ...], like: Ten
     if name not in room or room[name].numel() < size:
         room[name] = like.new_empty(size)
     return room[name][:size].view(shape)
-
-
-def _hide(
-    scores: Tensor, chosen: Tensor, row: Tensor, edges: int, block_k: int, m: int, is_causal: bool
-) -> Tensor | None:
-    """Fill with -inf what a query may not see in the last ``edges`` blocks of ``scores``
-    ``[jobs, block_q, keys]``. Returns the queries that see nothing at all, if there may be any."""
-    count, block_q = chosen.shape[1], scores.shape[1]
-    edges = min(edges, count)
-    if edges == 0:
-        return None
-    j = (chosen[:, count - edges :].unsqueeze(-1) * block_k + torch.arange(block_k)).flatten(1)
-    hidden = (j >= m).unsqueeze(1)
-    if is_causal:
-        i = row.view(-1, 1, 1) * block_q + torch.arange(block_q).view(1, -1, 1)
-        hidden = hidden | (j.unsqueeze(1) > i)
-    scores[:, :, -edges * block_k :].masked_fill_(hidden, -math.inf)
-    return hidden.all(-1, keepdim=True) if is_causal and edges == count else None
 
 
 def _unfit(q: Tensor, block_q: int, block_k: int) -> str | None:

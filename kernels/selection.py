@@ -2,17 +2,21 @@
 
 From scores ``s[r, c]`` of one head, with density ``p`` or mass ``p``:
 
-- ``quantile``: the ``ceil(p R C)`` greatest of the whole map. Rows compete: where ``s`` is
-  normalised a row, sharp rows keep fewer blocks (DraftAttention, arXiv 2505.14708).
-- ``row``: the ``ceil(p C)`` greatest of each row.
+- ``quantile``: the ``ceil(p n)`` greatest of the whole map of ``n`` blocks. Rows compete: where
+  ``s`` is normalised a row, sharp rows keep fewer blocks (DraftAttention, arXiv 2505.14708).
+- ``row``: the ``ceil(p n)`` greatest of each row of ``n`` blocks.
 - ``mass``: of each row the fewest blocks that hold a share ``p`` of its sum.
 
-Beside these, what is asked for by name, and the greatest of every row: no row is empty.
+Blocks kept by name (the diagonal, sinks) are ranked before all others and count as chosen; rows and
+columns kept whole (text) and blocks that cannot be seen stand outside: ``n`` does not count them.
+The greatest of a row that would have none is kept as well: no row is empty.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -23,73 +27,198 @@ from accelerate_hooks.kernels._dispatch import require
 Rule = Literal["quantile", "row", "mass"]
 
 
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """What is the same for every map ``[R, C]``; all bools ``[R, C]`` on the host.
+
+    ``free`` blocks are ranked, those of ``first`` before the others; ``whole`` blocks are kept.
+    """
+
+    rule: Rule
+    free: Tensor
+    first: Tensor
+    whole: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        rows: int,
+        columns: int,
+        rule: Rule = "row",
+        *,
+        diagonal: bool = False,
+        sinks: int = 0,
+        dense_rows: Tensor | None = None,
+        dense_columns: Tensor | None = None,
+        visible: Tensor | None = None,
+    ) -> Selection:
+        require(rule in ("quantile", "row", "mass"), f"rule={rule!r}; give quantile, row or mass")
+        seen = _fits(visible, (rows, columns), True, "visible")
+        down = _fits(dense_rows, (rows,), False, "dense_rows").unsqueeze(1)
+        whole = seen & (down | _fits(dense_columns, (columns,), False, "dense_columns"))
+        first = torch.arange(columns).expand(rows, columns) < sinks
+        if diagonal:
+            at = torch.arange(rows) * columns // max(rows, 1)
+            first = first | (at.unsqueeze(1) == torch.arange(columns))
+        free = seen & ~whole
+        return cls(rule, free, first & free, whole)
+
+    @cached_property
+    def _known(self) -> tuple[Tensor, Tensor]:
+        """Of each row, or of the map: how many blocks are free, and how many come first."""
+        free, first = (t.double() for t in (self.free, self.first))
+        if self.rule == "row":
+            return free.sum(1), first.sum(1)
+        return free.sum().unsqueeze(0), first.sum().unsqueeze(0)
+
+    def density(self, share: float) -> float | None:
+        """The share of visible blocks that are kept; None for ``mass``, which depends on scores.
+        (For ``quantile`` without the diagonal, before empty rows get one.)"""
+        if self.rule == "mass":
+            return None
+        kept = self._counts(share).sum() + self.whole.sum()
+        return (kept / max(1, int((self.free | self.whole).sum()))).item()
+
+    @cached_property
+    def _copies(self) -> dict[torch.device, tuple[Tensor, Tensor, Tensor, Tensor]]:
+        return {}
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``free``, ``first``, ``whole`` and what is none of them, copied to a device once."""
+        if device not in self._copies:
+            parts = self.free, self.first, self.whole, ~(self.free | self.whole)
+            self._copies[device] = tuple(t.to(device) for t in parts)  # type: ignore[assignment]
+        return self._copies[device]
+
+    def unseen(self, device: torch.device) -> Tensor:
+        """The blocks that cannot be seen."""
+        return self._on(device)[3]
+
+    def _counts(self, share: float | Tensor) -> Tensor:
+        """How many to keep ``[..., R]`` (``row``) or ``[..., 1]`` (``quantile``)."""
+        free, first = self._known
+        if isinstance(share, Tensor):
+            free, first, share = free.to(share.device), first.to(share.device), share.unsqueeze(-1)
+        # a density such as 0.1 times 10 must not become 2 by its last bit
+        return torch.maximum((free * share - 1e-9).ceil(), first)
+
+    def choose(self, scores: Tensor, share: float | Tensor) -> Tensor:
+        """The mask ``[..., R, C]`` of ``scores``; ``share`` may be a tensor over leading axes."""
+        free, first, whole, _ = self._on(scores.device)
+        ranked = scores.masked_fill(first, math.inf).masked_fill(~free, -math.inf)
+        if self.rule == "mass":
+            mask = _mass(ranked, scores.masked_fill(~free, 0.0), share)
+        elif self.rule == "row":
+            mask = _greatest(ranked, self._counts(share).to(scores.device))
+        else:
+            count = self._counts(share).to(scores.device)
+            mask = _greatest(ranked.flatten(-2), count.squeeze(-1)).view(scores.shape)
+        mask = mask & free | whole
+        best = ranked == ranked.amax(-1, keepdim=True)
+        best &= best.cumsum(-1) == 1
+        return mask | (best & free & ~mask.any(-1, keepdim=True))
+
+
 def select_blocks(
     scores: Tensor,
-    share: float,
+    share: float | Tensor,
     *,
     rule: Rule = "row",
     diagonal: bool = False,
     sinks: int = 0,
-    rows: Tensor | None = None,
-    columns: Tensor | None = None,
+    dense_rows: Tensor | None = None,
+    dense_columns: Tensor | None = None,
+    visible: Tensor | None = None,
 ) -> Tensor:
     """A bool mask ``[..., R, C]`` for ``scores`` ``[..., R, C]`` (not negative for ``mass``; the
     leading axes, batch and heads, are selected each for itself).
 
     ``share`` from 0 to 1 is the density (``quantile``, ``row``) or the share of each row's sum
-    (``mass``); what it keeps only grows with it, ties go to the lower column. ``diagonal`` keeps
-    the blocks where queries meet themselves (``c = floor(r C / R)``), ``sinks`` the first columns;
-    ``rows`` ``[R]`` and ``columns`` ``[C]`` are bools of rows and columns to keep whole (text).
+    (``mass``), a number or a tensor that broadcasts to the leading axes; what it keeps only grows
+    with it, ties go to the lower column. ``diagonal`` keeps the blocks where queries meet
+    themselves (``c = floor(r C / R)``), ``sinks`` the first columns; ``dense_rows`` ``[R]`` and
+    ``dense_columns`` ``[C]`` are bools on the host of rows and columns to keep whole (text),
+    ``visible`` ``[R, C]`` of blocks that may be kept at all (causal).
     """
     require(scores.ndim >= 2, f"scores are {tuple(scores.shape)}; give [..., rows, columns]")
-    require(0.0 <= share <= 1.0, f"share={share!r} is out of range; give 0 to 1")
-    require(rule in ("quantile", "row", "mass"), f"rule={rule!r}; give quantile, row or mass")
-    count_rows, count_columns = scores.shape[-2:]
-    _fits(rows, count_rows, "rows")
-    _fits(columns, count_columns, "columns")
+    if not isinstance(share, Tensor):
+        require(0.0 <= share <= 1.0, f"share={share!r} is out of range; give 0 to 1")
+    rows, columns = scores.shape[-2:]
+    plan = Selection.of(
+        rows, columns, rule, diagonal=diagonal, sinks=sinks, dense_rows=dense_rows,
+        dense_columns=dense_columns, visible=visible,
+    )  # fmt: skip
     if scores.numel() == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
-    if rule == "quantile":
-        mask = _greatest(scores.flatten(-2), share).view(scores.shape)
-    elif rule == "row":
-        mask = _greatest(scores, share)
-    else:
-        mask = _mass(scores, share)
-    mask |= torch.zeros_like(mask).scatter_(-1, scores.argmax(-1, keepdim=True), True)
-    if diagonal:
-        at = torch.arange(count_rows, device=scores.device) * count_columns // count_rows
-        mask |= at.unsqueeze(1) == torch.arange(count_columns, device=scores.device)
-    if sinks:
-        mask[..., :sinks] = True
-    if rows is not None:
-        mask |= rows.unsqueeze(-1)
-    if columns is not None:
-        mask |= columns
-    return mask
+    return plan.choose(scores, share)
 
 
-def _greatest(scores: Tensor, share: float) -> Tensor:
-    """The ``ceil(share * n)`` greatest of the last axis."""
-    n = scores.shape[-1]
-    # a density such as 0.1 times 10 must not become 2 by its last bit
-    count = min(n, math.ceil(share * n - 1e-9))
-    chosen = scores.argsort(dim=-1, descending=True, stable=True)[..., :count]
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, chosen, True)
+def attention_mass(
+    q: Tensor,
+    k: Tensor,
+    block: int,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    key_mask: Tensor | None = None,
+) -> Tensor:
+    """How much of full attention each block holds: ``[B, Hq, R, C]`` float32, rows sum to 1.
+
+        mass[r, c] = mean over queries i of block r of sum over keys j of block c of softmax_j(i)
+
+    ``q`` is ``[B, Hq, N, D]``, ``k`` ``[B, Hkv, M, D]`` (grouped heads are repeated), ``key_mask``
+    ``[B or 1, M]`` False at keys that nobody sees. It costs what dense scores cost, a few
+    rows at a time: for audits, oracles and fitting.
+    """
+    (batch, heads, n, d), m = q.shape, k.shape[2]
+    rows, columns = math.ceil(n / block), math.ceil(m / block)
+    keys = k.float().repeat_interleave(heads // k.shape[1], 1).transpose(-1, -2)
+    scale = 1.0 / math.sqrt(d) if scale is None else scale
+    parts: list[Tensor] = []
+    for row in range(rows):
+        some = q[:, :, row * block : (row + 1) * block].float()
+        scores = some @ keys * scale
+        if is_causal:
+            i = row * block + torch.arange(some.shape[2], device=q.device)
+            hidden = torch.arange(m, device=q.device) > i.unsqueeze(1)
+            scores = scores.masked_fill(hidden, -math.inf)
+        if key_mask is not None:
+            scores = scores.masked_fill(~key_mask[:, None, None], -math.inf)
+        shares = scores.softmax(-1).mean(2)
+        shares = torch.nn.functional.pad(shares, (0, columns * block - m))
+        parts.append(shares.unflatten(-1, (columns, block)).sum(-1))
+    return torch.stack(parts, 2) if parts else q.new_zeros((batch, heads, 0, columns)).float()
 
 
-def _mass(scores: Tensor, share: float) -> Tensor:
-    order = scores.argsort(dim=-1, descending=True, stable=True)
-    ranked = scores.gather(-1, order).double()
-    before = ranked.cumsum(-1) - ranked
-    wanted = share * ranked.sum(-1, keepdim=True)
+def _greatest(ranked: Tensor, count: Tensor) -> Tensor:
+    """The ``count`` ``[...]`` greatest of the last axis."""
+    order = ranked.argsort(dim=-1, descending=True, stable=True)
+    kept = torch.arange(ranked.shape[-1], device=ranked.device) < count.unsqueeze(-1)
+    chosen = torch.zeros_like(ranked, dtype=torch.bool)
+    return chosen.scatter_(-1, order, kept.expand_as(order))
+
+
+def _mass(ranked: Tensor, scores: Tensor, share: float | Tensor) -> Tensor:
+    order = ranked.argsort(dim=-1, descending=True, stable=True)
+    held = scores.gather(-1, order).double()
+    before = held.cumsum(-1) - held
+    wanted = (share[..., None, None] if isinstance(share, Tensor) else share) * held.sum(
+        -1, keepdim=True
+    )
     # the last bit of a sum must not ask for one block more; a share of 1 keeps all that hold any
-    kept = (before < wanted * (1 - 1e-12)) & (ranked > 0) if share < 1 else ranked > 0
+    kept = torch.where(
+        wanted >= held.sum(-1, keepdim=True), held > 0, before < wanted * (1 - 1e-12)
+    )
+    kept = kept & (held > 0) | (ranked.gather(-1, order) == math.inf)
     return torch.zeros_like(kept).scatter_(-1, order, kept)
 
 
-def _fits(dense: Tensor | None, size: int, name: str) -> None:
-    if dense is not None:
-        require(
-            dense.dtype == torch.bool and dense.shape == (size,),
-            f"{name} is {dense.dtype} {tuple(dense.shape)}; give bools [{size}]",
-        )
+def _fits(given: Tensor | None, shape: tuple[int, ...], default: bool, name: str) -> Tensor:
+    if given is None:
+        return torch.full(shape, default)
+    require(
+        given.dtype == torch.bool and given.shape == shape and given.device.type == "cpu",
+        f"{name} is {given.dtype} {tuple(given.shape)} on {given.device}; give bools "
+        f"{list(shape)} on the host",
+    )
+    return given

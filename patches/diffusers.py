@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from accelerate_hooks.patch import Pipeline
+from accelerate_hooks.patch import LayoutRule, Pipeline
+from accelerate_hooks.patches import grids
 from accelerate_hooks.patches.structural import StructuralPatch
 
 FIRST_ORDER = ("FlowMatchEulerDiscreteScheduler", "EulerDiscreteScheduler", "DDIMScheduler")
@@ -21,6 +22,9 @@ class DiffusersPatch(StructuralPatch):
         return type(model).__module__.partition(".")[0] == "diffusers" or any(
             base.__module__.startswith("diffusers.") for base in type(model).__mro__
         )
+
+    def layout_of(self, model: nn.Module) -> LayoutRule | None:
+        return grids.layout_of(model)
 
     def noise(self, scheduler: Any) -> list[tuple[float, float]]:
         """Flow matching: ``alpha = 1 - sigma``. Otherwise the model sees a sample of variance one:

@@ -17,8 +17,10 @@ import torch
 from torch import nn
 
 from accelerate_hooks.attention import Attention
+from accelerate_hooks.opaque import opaque
+from accelerate_hooks.patch import LayoutRule
 from accelerate_hooks.patches.structural import StructuralPatch
-from accelerate_hooks.site import Port, Site
+from accelerate_hooks.site import Port, Site, TokenLayout
 
 _numbers = itertools.count(1)
 _current: contextvars.ContextVar[Any] = contextvars.ContextVar("attention", default=None)
@@ -72,6 +74,12 @@ class TransformersPatch(StructuralPatch):
                 return f"{type(module).__name__} keeps a state beside keys and values ({found})"
         return None
 
+    def layout_of(self, model: nn.Module) -> LayoutRule | None:
+        """Text and sound stand in a line; a picture's patches are left to who knows them."""
+        if getattr(model, "main_input_name", None) == "pixel_values":
+            return None
+        return _line
+
     def reach_attention(self, site: Site, session: Any) -> Any:
         """Register a private attention function and name it in a config copy that only this
         attention module holds; other modules never see it."""
@@ -105,6 +113,13 @@ class TransformersPatch(StructuralPatch):
 
         session.ledger.note(undo)
         return KeyContext
+
+
+@opaque
+def _line(given: dict[str, Any]) -> TokenLayout | None:
+    names = ("inputs_embeds", "input_ids", "input_features", "input_values")
+    x = next((given[n] for n in names if isinstance(given.get(n), torch.Tensor)), None)
+    return None if x is None or x.ndim < 2 else TokenLayout(1, 1, x.shape[1])
 
 
 def _private(config: Any, key: str, original: Any) -> Any:

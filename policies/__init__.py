@@ -1,5 +1,6 @@
 """What work may be skipped, reused, merged or approximated: one file a policy."""
 
+from accelerate_hooks.policies.draft_attention import DraftAttention
 from accelerate_hooks.policies.lazy_step import LazyStep
 
-__all__ = ["LazyStep"]
+__all__ = ["DraftAttention", "LazyStep"]

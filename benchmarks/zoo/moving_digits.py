@@ -264,9 +264,7 @@ def optimizers(model: MovingDigits) -> tuple[torch.optim.Optimizer, torch.optim.
     chosen = {id(p) for p in matrices}
     others = [p for p in named.values() if id(p) not in chosen]
     return (
-        torch.optim.Muon(
-            matrices, MATRIX_RATE, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
-        ),
+        torch.optim.Muon(matrices, MATRIX_RATE, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, OTHER_RATE, betas=(0.9, 0.99), weight_decay=0.01, fused=True),
     )
 
@@ -434,7 +432,10 @@ def evaluate(model: MovingDigits, classifier: FrameClassifier, steps: int) -> di
         middle = clips[:, FRAMES // 2].unsqueeze(1)
         away = deviation(clips)
         return {
-            "middle_frame_agreement": (classifier(middle).argmax(1) == labels).float().mean().item(),
+            "middle_frame_agreement": (classifier(middle).argmax(1) == labels)
+            .float()
+            .mean()
+            .item(),
             "straight_share": (away <= 1).float().mean().item(),
             "median_deviation_pixels": away.median().item(),
         }

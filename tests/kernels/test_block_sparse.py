@@ -32,10 +32,21 @@ class Problem:
     block: tuple[int, int]
     causal: bool
     scale: float
+    kept: torch.Tensor | None = None
 
     def arguments(self):
         counts, indices = block_sparse.to_indices(self.mask)
-        return self.q, self.k, self.v, counts, indices, *self.block, self.causal, self.scale
+        return (
+            self.q,
+            self.k,
+            self.v,
+            counts,
+            indices,
+            self.kept,
+            *self.block,
+            self.causal,
+            self.scale,
+        )
 
     def with_lse(self):
         return *self.arguments(), True
@@ -67,7 +78,10 @@ def problems(draw, blocks=(16, 32), dtypes=FLOATS, most=100):
     mask = torch.rand(shape, generator=generator) < density
     q, k, v = tensor(heads, n), tensor(kv_heads, m), tensor(kv_heads, m)
     scale = draw(st.sampled_from([1.0 / math.sqrt(d), 0.05]))
-    return Problem(q, k, v, mask, (bq, bk), draw(st.booleans()), scale)
+    kept = None
+    if draw(st.booleans()):
+        kept = torch.rand(batch, m, generator=generator) < draw(st.sampled_from([0.0, 0.5, 0.9]))
+    return Problem(q, k, v, mask, (bq, bk), draw(st.booleans()), scale, kept)
 
 
 def exact(p: Problem):
@@ -83,6 +97,7 @@ def exact(p: Problem):
                 top = min(i + 1, k.shape[2]) if p.causal else k.shape[2]
                 row = mask[b, h, i // p.block[0]]
                 seen = [j for j in range(top) if row[j // p.block[1]]]
+                seen = [j for j in seen if p.kept is None or p.kept[b, j]]
                 if seen:
                     scores = k[b, h // groups, seen] @ q[b, h, i] * p.scale
                     lse[b, h, i] = scores.logsumexp(0)
@@ -256,7 +271,7 @@ def test_opcheck():
     counts, indices = block_sparse.to_indices(torch.ones(1, 1, 3, 3, dtype=torch.bool))
     torch.library.opcheck(
         torch.ops.accelerate_hooks.block_sparse_attention.default,
-        (q, k, v, counts, indices, 32, 32, True, 0.1, True),
+        (q, k, v, counts, indices, torch.rand(2, 70) < 0.8, 32, 32, True, 0.1, True),
     )
 
 
@@ -282,6 +297,7 @@ def test_compiles_as_one_graph():
         ({"block_mask": torch.ones(1, 1, 3, 4, dtype=torch.bool)}, r"block_mask is \(1, 1, 3, 4\)"),
         ({"block_mask": torch.ones(1, 1, 3, 3)}, "give bools"),
         ({"block_size": 0}, "positive"),
+        ({"key_mask": torch.ones(2, 299).bool()}, r"bools \[2 or 1, 300\]"),
     ],
 )
 def test_errors_name_the_cause_and_the_fix(change, words):

@@ -8,7 +8,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from accelerate_hooks.kernels import KernelError, pool_tokens, select_blocks
+from accelerate_hooks.kernels import (
+    KernelError,
+    Selection,
+    attention_mass,
+    pool_tokens,
+    select_blocks,
+)
 
 SEEDS = st.integers(0, 2**31)
 RULES = st.sampled_from(["quantile", "row", "mass"])
@@ -92,14 +98,58 @@ def test_what_is_asked_for_is_kept(scores, seed, rule, sinks):
     count_rows, count_columns = scores.shape[-2:]
     rows = torch.rand(count_rows, generator=seeded(seed)) < 0.3
     columns = torch.rand(count_columns, generator=seeded(seed + 1)) < 0.3
-    plain = select_blocks(scores, 0.2, rule=rule)
     mask = select_blocks(
-        scores, 0.2, rule=rule, diagonal=True, sinks=sinks, rows=rows, columns=columns
+        scores, 0.2, rule=rule, diagonal=True, sinks=sinks, dense_rows=rows, dense_columns=columns
     )
     assert mask[..., rows, :].all() and mask[..., columns].all() and mask[..., :sinks].all()
     for r in range(count_rows if count_columns else 0):
         assert mask[..., r, r * count_columns // count_rows].all()
-    assert not (plain & ~mask).any()
+
+
+@given(maps(), SEEDS, st.sampled_from(["quantile", "row"]), st.floats(0, 1), st.booleans())
+def test_the_density_is_known_beforehand(scores, seed, rule, share, causal):
+    """Blocks kept by name count as chosen: nothing is kept beyond what was asked for."""
+    rows, columns = scores.shape[-2:]
+    if causal:
+        rows = columns = min(rows, columns)
+        scores = scores[..., :rows, :columns]
+    if not rows or not columns:
+        return
+    dense = torch.rand(columns, generator=seeded(seed)) < 0.2
+    visible = torch.ones(rows, columns, dtype=torch.bool)
+    plan = Selection.of(
+        rows, columns, rule, diagonal=True, sinks=1, dense_columns=dense,
+        visible=visible.tril() if causal else None,
+    )  # fmt: skip
+    mask = plan.choose(scores, share)
+    seen = visible.tril() if causal else visible
+    assert not (mask & ~seen).any()
+    kept = mask.sum((-2, -1)) / seen.sum()
+    wanted = plan.density(share)
+    assert (kept - wanted).abs().max() < 1e-6
+
+
+@given(maps(), st.sampled_from(["quantile", "row", "mass"]), SEEDS)
+def test_each_head_may_have_a_share_of_its_own(scores, rule, seed):
+    shares = torch.rand(scores.shape[1], generator=seeded(seed), dtype=torch.float64)
+    mask = select_blocks(scores, shares, rule=rule)
+    for head, share in enumerate(shares.tolist()):
+        assert torch.equal(mask[:, head], select_blocks(scores[:, head], share, rule=rule))
+
+
+@given(SEEDS, st.integers(1, 40), st.sampled_from([3, 8]), st.booleans())
+def test_mass_is_that_of_the_softmax(seed, tokens, block, causal):
+    q, k = torch.randn(2, 2, 4, tokens, 8, generator=seeded(seed), dtype=torch.float64)
+    k = k[:, :2]
+    mass = attention_mass(q, k, block, is_causal=causal)
+    scores = q @ k.repeat_interleave(2, 1).mT / math.sqrt(8)
+    if causal:
+        scores = scores.masked_fill(torch.ones(tokens, tokens).triu(1).bool(), -math.inf)
+    weights = scores.softmax(-1)
+    for r, c in itertools.product(range(mass.shape[2]), range(mass.shape[3])):
+        wanted = weights[:, :, r * block : (r + 1) * block, c * block : (c + 1) * block]
+        wanted = wanted.sum(-1).mean(-1)
+        assert torch.allclose(mass[:, :, r, c].double(), wanted, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +157,10 @@ def test_what_is_asked_for_is_kept(scores, seed, rule, sinks):
     [
         (lambda: select_blocks(torch.zeros(2, 2), 1.5), "share=1.5"),
         (lambda: select_blocks(torch.zeros(2, 2), 0.5, rule="best"), "quantile, row or mass"),
-        (lambda: select_blocks(torch.zeros(2, 2), 0.5, rows=torch.ones(3).bool()), r"bools \[2\]"),
+        (
+            lambda: select_blocks(torch.zeros(2, 2), 0.5, dense_rows=torch.ones(3).bool()),
+            r"bools \[2\]",
+        ),
         (lambda: pool_tokens(torch.zeros(5, 2), (2, 2), (1, 1)), "4 tokens"),
         (lambda: pool_tokens(torch.zeros(4, 2), (2, 2), (1,)), "as many axes"),
         (lambda: pool_tokens(torch.zeros(4, 2), (2, 2), (1, 0)), "positive"),

@@ -1,0 +1,388 @@
+"""DraftAttention: block-sparse self-attention, its blocks chosen from a low-resolution map."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor
+
+from accelerate_hooks.artifact import Artifact
+from accelerate_hooks.attention import Attention
+from accelerate_hooks.call import Call
+from accelerate_hooks.errors import SpecError, UnsupportedModelError
+from accelerate_hooks.kernels import (
+    FALLBACKS,
+    Selection,
+    attention_mass,
+    block_sparse_attention,
+    pool_tokens,
+)
+from accelerate_hooks.opaque import opaque_functions, uncompiled
+from accelerate_hooks.policy import Decides, Policy
+from accelerate_hooks.site import Effect, Kind, Site, TokenLayout
+
+_BLOCK = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftAttention(Policy):
+    """Compute only the blocks of self-attention that a draft of it calls for.
+
+    Queries and keys are averaged over regions of neighbouring tokens; with ``n_c`` the tokens of
+    region ``c``,
+
+        draft[r, c] = softmax_c(scale * mean(q of r) . mean(k of c) + log n_c)
+
+    is an attention map of regions, whose greatest entries are the blocks of the real map that are
+    computed; the others are left out of the softmax. Tokens are reordered so that a region is one
+    block. Text, and special tokens, attend to and are attended by everything.
+
+    sparsity: share of the blocks to leave out. mass: in its place, the share of each row's draft to
+        keep (``select="mass"``); what that leaves out follows from the data.
+    select: ``"quantile"`` ranks all blocks of a head together, ``"row"`` those of each row.
+    pool: the region as (frames, height, width), (height, width) or (tokens,); by default 128
+        tokens, 8 x 16 in the plane where it is large enough, through time where it is not.
+    dense_steps: denoising steps computed in full, from the first on: a share of the steps if under
+        1 (nothing where a bare loop does not say how many there are), else a number.
+    dense_blocks: attention layers computed in full, from the first on.
+    heads: ``"equal"`` densities, or an artifact of `fit` with one for each head and layer.
+    sinks: leading blocks that every row keeps (the first tokens of a text).
+    grid, text: the layout of the tokens, (frames, height, width) and where text stands in a joint
+        sequence, for a model whose family is not known.
+
+    Attention to another sequence, decoding steps, and attention with a window, sinks, a soft cap or
+    a mask that is more than a bool a key (padding) are computed in full; the report says so.
+
+    Source: DraftAttention (arXiv 2505.14708). Not theirs: the diagonal block is always kept, so
+    that no query is left without keys; forced blocks count as chosen, so that the sparsity is the
+    one asked for; pooling through time; budgets a head (MoA, arXiv 2406.14909).
+    """
+
+    name: ClassVar[str] = "draft_attention"
+
+    sparsity: float = 0.75
+    mass: float | None = None
+    select: Literal["quantile", "row", "mass"] = "quantile"
+    pool: tuple[int, ...] | None = None
+    dense_steps: float = 0.25
+    dense_blocks: int = 1
+    heads: Literal["equal"] | Artifact = "equal"
+    sinks: int = 0
+    grid: tuple[int, ...] | None = None
+    text: Literal["none", "first", "last"] = "none"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require("sparsity", 0.0 <= self.sparsity < 1.0, "0 <= sparsity < 1")
+        self.require("mass", self.mass is None or 0.0 < self.mass <= 1.0, "0 < mass <= 1")
+        ok = (self.mass is not None) == (self.select == "mass")
+        self.require("select", ok, "'mass' together with mass=, 'quantile' or 'row' without")
+        for name in ("pool", "grid"):
+            sizes = getattr(self, name)
+            ok = sizes is None or (1 <= len(sizes) <= 3 and all(size > 0 for size in sizes))
+            self.require(name, ok, "one to three positive sizes")
+        self.require("dense_steps", self.dense_steps >= 0, "a share under 1, or a number of steps")
+        self.require("dense_blocks", self.dense_blocks >= 0, "an integer >= 0")
+        self.require("sinks", self.sinks >= 0, "an integer >= 0")
+        ok = self.text == "none" or self.grid is not None
+        self.require("text", ok, "grid=, too")
+        ok = self.heads == "equal" or self.mass is None
+        self.require("heads", ok, "'equal' with mass=: budgets are densities")
+
+    # -- settings ----------------------------------------------------------------------------
+
+    @classmethod
+    def exact(cls) -> Self:
+        return cls(sparsity=0.0)
+
+    @classmethod
+    def example(cls) -> Self:
+        return cls(sparsity=0.5, pool=(1, 2, 2), dense_steps=0, dense_blocks=0)
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        return ("attention",)
+
+    @property
+    def decides(self) -> Decides:
+        return "ahead" if self.mass is None else "site"
+
+    def acts(self, site: Site) -> frozenset[Effect]:
+        return frozenset({Effect.REPLACE})
+
+    def check(self, session: Any) -> list[str]:
+        for root in session.roots:
+            if self.grid is None and not session.knows_layout(root):
+                raise UnsupportedModelError(
+                    f"draft_attention: nobody says where the tokens of "
+                    f"{type(root.model).__name__} stand; give grid=(frames, height, width), in "
+                    "tokens, and text='first' or 'last' if text is in the same sequence"
+                )
+            if isinstance(self.heads, Artifact):
+                self.heads.check(policy=self.name, model=root.model)
+        return []
+
+    # -- one visit ---------------------------------------------------------------------------
+
+    def around(self, call: Call) -> Any:
+        why = self._dense(call)
+        if why is not None:
+            call.note(why)
+            return call.proceed()
+        return call.attention(lambda attention: self._attend(call, attention))
+
+    def _dense(self, call: Call) -> str | None:
+        """Why this visit is computed in full, or None."""
+        step = call.step
+        if self.sparsity == 0.0 and self.mass is None:
+            return "sparsity=0"
+        if step.phase == "decode":
+            return "one token attends"
+        if self.dense_blocks and call.depth < self.dense_blocks:
+            return "one of the first layers"
+        if step.phase == "denoise" and self.dense_steps:
+            count: float | None = self.dense_steps
+            if self.dense_steps < 1:
+                if step.total is None:
+                    call.remark(
+                        f"draft_attention: dense_steps={self.dense_steps} is a share of steps, "
+                        "and nobody says how many there are, so none is dense; use "
+                        "session.run(total=...)"
+                    )
+                count = None if step.total is None else math.ceil(self.dense_steps * step.total)
+            if count is not None and step.index < count:
+                return "one of the first steps"
+        return None
+
+    @uncompiled
+    def _attend(self, call: Call, a: Attention) -> Tensor:
+        if a.is_cross:
+            return a.default()
+        seen, why = _key_mask(a)
+        why = why or _unfit(a)
+        if why is not None:
+            call.note(why)
+            return a.default()
+        plan = self._plan(call, a)
+        if plan.rows < 2:
+            call.note(f"a single block of {plan.block} tokens")
+            return a.default()
+        clock = _Clock(a.q)
+        q, k, v = (plan.reorder(t) for t in (a.q, a.k, a.v))
+        seen = None if seen is None else plan.reorder(seen, 1)
+        clock.lap("reorder_ms")
+        scale = 1.0 / math.sqrt(a.q.shape[-1]) if a.scale is None else a.scale
+        draft = plan.draft(q, k, scale)
+        clock.lap("draft_ms")
+        share = self._share(call, a)
+        mask = plan.selection.choose(draft, share)
+        clock.lap("select_ms")
+        before = FALLBACKS.copy()
+        out = block_sparse_attention(
+            q, k, v, mask, block_size=plan.block, is_causal=a.is_causal, scale=scale,
+            enable_gqa=a.groups > 1, key_mask=seen,
+        )  # fmt: skip
+        clock.lap("kernel_ms")
+        out = plan.restore(out)
+        clock.lap("reorder_ms")
+        for (op, reason), _ in (FALLBACKS - before).items():
+            call.remark(f"draft_attention: {op} runs without its fast kernel: {reason}")
+        if isinstance(share, Tensor):
+            density = float(self._budget(call).mean())
+        else:
+            known = plan.selection.density(share)
+            density = known if known is not None else call.read(mask.float().mean())[0]
+        whole = a.flops * (0.5 if a.is_causal else 1.0)
+        call.spare(whole * (1.0 - density), whole * density)
+        numbers = {"density": density, **clock.numbers}
+        if call.audited():
+            with call.beside():
+                call.error(out, a.default())
+                true = attention_mass(
+                    q, k, plan.block, scale=scale, is_causal=a.is_causal, key_mask=seen
+                )
+                kept = (true * mask).sum(-1).mean()
+                numbers["mass_kept"] = call.read(kept)[0]
+        call.note("draft", **numbers)
+        return out
+
+    def _share(self, call: Call, a: Attention) -> float | Tensor:
+        if isinstance(self.heads, Artifact):
+            return self._budget(call).to(a.q.device)
+        return 1.0 - self.sparsity if self.mass is None else self.mass
+
+    def _budget(self, call: Call) -> Tensor:
+        """The fitted densities ``[heads]`` of this layer."""
+        assert isinstance(self.heads, Artifact)
+        return self.heads.tensors[call.site.name].double()
+
+    def _plan(self, call: Call, a: Attention) -> Plan:
+        """Order and selection for the tokens at hand: made once a run and resolution."""
+        tokens, device = a.q.shape[2], a.q.device
+        plans: dict[Any, Plan] = call.slot(dict, scope="run")
+        key = (tokens, device, a.is_causal)
+        if key not in plans:
+            plans[key] = Plan.of(self, self._layout(call, a), tokens, a.is_causal, device)
+        return plans[key]
+
+    def _layout(self, call: Call, a: Attention) -> TokenLayout:
+        tokens = a.q.shape[2]
+        layout = a.layout
+        if self.grid is not None:
+            grid = (*(1 for _ in range(3 - len(self.grid))), *self.grid)
+            more = tokens - math.prod(grid)
+            text = {"none": None, "first": slice(0, more), "last": slice(tokens - more, tokens)}
+            layout = TokenLayout(*grid, text[self.text])
+        found = None if layout is None else layout.at(tokens)
+        if found is None:
+            says = "no layout" if layout is None else f"{layout.grid}, text {layout.text}"
+            raise UnsupportedModelError(
+                f"{call.site.name}: its attention has {tokens} tokens, where the layout is {says}; "
+                "give grid=(frames, height, width) and text=, or leave this site out with only="
+            )
+        return found
+
+
+def _key_mask(a: Attention) -> tuple[Tensor | None, str | None]:
+    """The keys that may be seen ``[B or 1, M]``, if there is a mask; or why it is none of keys."""
+    mask = a.mask
+    if mask is None:
+        return None, None
+    if mask.dtype != torch.bool:
+        return None, "an attention mask that is added to the scores"
+    mask = mask[(None,) * (4 - mask.ndim)]
+    if any(mask.shape[axis] > 1 and mask.stride(axis) for axis in (1, 2)):
+        return None, "an attention mask that is not the same for all queries"
+    return mask[:, 0, 0], None
+
+
+def _unfit(a: Attention) -> str | None:
+    """Why an attention is computed in full, or None."""
+    if a.extra:
+        return f"attention with {', '.join(sorted(a.extra))}"
+    if a.q.shape[2] != a.k.shape[2]:
+        return "queries and keys of other lengths"
+    if a.q.ndim != 4 or a.v.shape[-1] != a.q.shape[-1]:
+        return "heads of another form"
+    return None
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What does not depend on q, k and v: the order of the tokens and what is kept anyway."""
+
+    tokens: int
+    block: int
+    index: Tensor | None
+    back: Tensor | None
+    sizes: Tensor
+    selection: Selection
+
+    @property
+    def rows(self) -> int:
+        return len(self.sizes)
+
+    @classmethod
+    def of(
+        cls, policy: DraftAttention, layout: TokenLayout, tokens: int, causal: bool, device: Any
+    ) -> Plan:
+        region = region_of(policy.pool, layout)
+        block = math.prod(region)
+        order = order_of(layout, region, tokens)
+        rows = math.ceil(tokens / block)
+        dense = torch.arange(rows) >= layout.visual // block
+        dense &= torch.tensor(tokens > layout.visual)
+        selection = Selection.of(
+            rows, rows, policy.select, diagonal=True, sinks=policy.sinks, dense_rows=dense,
+            dense_columns=dense,
+            visible=torch.ones(rows, rows, dtype=torch.bool).tril() if causal else None,
+        )  # fmt: skip
+        sizes = torch.full((rows,), block)
+        sizes[-1] = tokens - block * (rows - 1)
+        return cls(
+            tokens,
+            block,
+            None if order is None else order.to(device),
+            None if order is None else order.argsort().to(device),
+            sizes.to(device),
+            selection,
+        )
+
+    def reorder(self, t: Tensor, axis: int = 2) -> Tensor:
+        return t if self.index is None else t.index_select(axis, self.index)
+
+    def restore(self, t: Tensor) -> Tensor:
+        return t if self.back is None else t.index_select(2, self.back)
+
+    def draft(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
+        """The attention map of blocks ``[B, Hq, R, R]``, float32."""
+        pooled = [pool_tokens(t, (self.tokens,), (self.block,)).float() for t in (q, k)]
+        keys = pooled[1].repeat_interleave(q.shape[1] // k.shape[1], 1)
+        scores = pooled[0] @ keys.transpose(-1, -2) * scale + self.sizes.log()
+        return scores.masked_fill(self.selection.unseen(q.device), -math.inf).softmax(-1)
+
+
+def region_of(pool: tuple[int, ...] | None, layout: TokenLayout) -> tuple[int, int, int]:
+    """(frames, height, width) of a region; of 128 tokens where nothing is said."""
+    if pool is not None and len(pool) == 1 and layout.frames == layout.height == 1:
+        return 1, 1, pool[0]
+    if pool is not None and layout.frames == layout.height == 1:
+        return 1, 1, math.prod(pool)
+    if pool is not None:
+        if len(pool) == 1:
+            raise SpecError(
+                f"draft_attention: pool={pool!r} names one axis, and tokens stand in a grid of "
+                f"{layout.grid}; give (height, width) or (frames, height, width)"
+            )
+        return (1, pool[0], pool[1]) if len(pool) == 2 else (pool[0], pool[1], pool[2])
+    width = min(16, _power(layout.width))
+    if layout.frames == layout.height == 1:
+        return 1, 1, _BLOCK
+    height = min(_BLOCK // width, _power(layout.height))
+    return _BLOCK // width // height, height, width
+
+
+def _power(size: int) -> int:
+    """The greatest power of two that is no more than ``size``."""
+    return 1 << (size.bit_length() - 1)
+
+
+def order_of(layout: TokenLayout, region: tuple[int, int, int], tokens: int) -> Tensor | None:
+    """The tokens region by region, each in raster order; text and special tokens at the end. None
+    where that is the order in which they stand."""
+    start = layout.special
+    if layout.text is not None and layout.text.start <= layout.special:
+        start += layout.text.stop - layout.text.start
+    depth = [min(pair) for pair in zip(region, layout.grid, strict=True)]
+    split = [i for i in range(3) if depth[i] < layout.grid[i]]
+    if start == 0 and all(depth[j] == 1 for i in split for j in range(i)):
+        return None
+    place = torch.arange(layout.visual).view(layout.grid)
+    f, h, w = (torch.arange(size) // step for size, step in zip(layout.grid, region, strict=True))
+    counts = [math.ceil(size / step) for size, step in zip(layout.grid, region, strict=True)]
+    number = (f.view(-1, 1, 1) * counts[1] + h.view(-1, 1)) * counts[2] + w
+    inside = place.flatten()[number.flatten().argsort(stable=True)]
+    behind = torch.arange(start + layout.visual, tokens)
+    return torch.cat((inside + start, torch.arange(start), behind))
+
+
+class _Clock:
+    """Milliseconds by part; on an accelerator, where the host runs ahead, none."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.on = like.device.type == "cpu"
+        self.numbers: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        if self.on:
+            now = time.perf_counter()
+            self.numbers[name] = self.numbers.get(name, 0.0) + (now - self.last) * 1e3
+            self.last = now
+
+
+opaque_functions(globals())
