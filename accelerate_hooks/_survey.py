@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 _PACKAGES = ("accelerate-hooks", "torch", "transformers", "diffusers")
+_COUNTED = ("share_left_out", "flops_saved", "true_error")
 _ACTIONS = {"run": "computed", "skip": "skipped", "rows": "partly"}
 
 Data = dict[str, Any]
@@ -143,6 +144,7 @@ def _line(session: Session, root: Root, site: Site, done: list[Data], run: int |
         "share_skipped": _share(skipped + rows, visits),
         "why_skipped": _reasons(mine, "skipped", "partly"),
         "why_computed": _reasons(mine, "computed"),
+        "means_partly": _means(mine),
         "max_age": max((v["age"] for v in mine if v["age"] is not None), default=None),
         "flops_saved": flops,
         "uncounted": uncounted,
@@ -159,6 +161,17 @@ def _line(session: Session, root: Root, site: Site, done: list[Data], run: int |
 def _reasons(visits: list[Data], *actions: str) -> dict[str, int]:
     found = Counter(v["reason"] for v in visits if v["action"] in actions and v["reason"])
     return dict(found.most_common(8))
+
+
+def _means(visits: list[Data]) -> dict[str, float]:
+    """The mean of every number that was noted at visits which were computed in part."""
+    found: dict[str, list[float]] = {}
+    for visit in visits:
+        if visit["action"] == "partly":
+            for name, value in visit["numbers"].items():
+                if name not in _COUNTED:
+                    found.setdefault(name, []).append(value)
+    return {name: sum(values) / len(values) for name, values in found.items()}
 
 
 def _totals(session: Session, lines: list[Data], summaries: list[Any], run: int | None) -> Data:

@@ -14,7 +14,8 @@ _HEAD = 12
 _LEGEND = (
     "A visit is one call of a part of the model in one step. A skipped visit was not computed: its "
     "output was reused or predicted from visits that were, at most `age` steps earlier. `partly`: "
-    "some rows of the batch were left out. FLOPs: matrix products, convolutions and attention."
+    "some rows of the batch, or a part of the work, were left out. FLOPs: matrix products, "
+    "convolutions and attention."
 )
 
 
@@ -147,6 +148,8 @@ def _merged(lines: list[Data]) -> Data:
     out = dict(first, site=f"{place} {first['kind']} ({len(lines)})")
     for key in ("visits", "computed", "skipped", "partly", "rows_left_out", "flops_saved"):
         out[key] = sum(line[key] for line in lines)
+    names = {name for line in lines for name in line["means_partly"]}
+    out["means_partly"] = {name: _weighted(lines, name) for name in sorted(names)}
     for key in ("flops_share", "ms_saved", "max_age"):
         known = [line[key] for line in lines if line[key] is not None]
         out[key] = (max(known) if key == "max_age" else sum(known)) if known else None
@@ -156,6 +159,16 @@ def _merged(lines: list[Data]) -> Data:
     out["share_skipped"] = left_out / out["visits"] if out["visits"] else None
     out["uncounted"] = sum(line["uncounted"] for line in lines)
     return out
+
+
+def _weighted(lines: list[Data], name: str) -> float:
+    """The mean over the visits of several sites."""
+    told = [
+        (line["partly"], line["means_partly"][name])
+        for line in lines
+        if name in line["means_partly"]
+    ]
+    return sum(n * value for n, value in told) / sum(n for n, _ in told)
 
 
 def columns(lines: list[Data]) -> list[tuple[str, list[str]]]:
@@ -193,12 +206,14 @@ def site_table(lines: list[Data]) -> list[str]:
 
 
 def why(line: Data) -> str:
-    """The top reasons of a site's decisions."""
-    return "; ".join(
+    """The top reasons of a site's decisions, and the means of what was noted at them."""
+    parts = [
         f"{did}: {top(line[key])}"
         for did, key in (("skipped", "why_skipped"), ("computed", "why_computed"))
         if line[key]
-    )
+    ]
+    parts += [f"{name} {value:.3g}" for name, value in line["means_partly"].items()]
+    return "; ".join(parts)
 
 
 def _row(cells: list[str], widths: list[int]) -> str:

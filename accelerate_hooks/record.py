@@ -26,7 +26,7 @@ class Record:
         self.site = site
         self.computed = 0
         self.skipped = 0
-        self.partly = 0  # computed visits of which some rows were left out
+        self.partly = 0  # computed visits of which some rows, or a part of the work, were left out
         self.rows_left_out = 0.0
         self.saved_flops = 0
         self.uncounted = 0  # skipped visits whose FLOPs are not known

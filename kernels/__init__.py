@@ -5,11 +5,12 @@ from __future__ import annotations
 from accelerate_hooks.kernels._dispatch import FALLBACKS, KernelError
 from accelerate_hooks.kernels.block_sparse import block_sparse_attention
 from accelerate_hooks.kernels.pooling import pool_tokens
-from accelerate_hooks.kernels.selection import Selection, attention_mass, select_blocks
+from accelerate_hooks.kernels.selection import Rule, Selection, attention_mass, select_blocks
 
 __all__ = [
     "FALLBACKS",
     "KernelError",
+    "Rule",
     "Selection",
     "attention_mass",
     "block_sparse_attention",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -13,19 +13,18 @@ from torch import Tensor
 from accelerate_hooks.artifact import Artifact
 from accelerate_hooks.attention import Attention
 from accelerate_hooks.call import Call
-from accelerate_hooks.errors import SpecError, UnsupportedModelError
+from accelerate_hooks.errors import ArtifactError, SpecError, UnsupportedModelError
 from accelerate_hooks.kernels import (
     FALLBACKS,
-    Selection,
     attention_mass,
     block_sparse_attention,
-    pool_tokens,
 )
 from accelerate_hooks.opaque import opaque_functions, uncompiled
+from accelerate_hooks.policies._regions import Plan
 from accelerate_hooks.policy import Decides, Policy
 from accelerate_hooks.site import Effect, Kind, Site, TokenLayout
 
-_BLOCK = 128
+Prepared = tuple[Plan, Tensor, Tensor, Tensor, Tensor | None, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +125,42 @@ class DraftAttention(Policy):
                 self.heads.check(policy=self.name, model=root.model)
         return []
 
+    def fit(
+        self,
+        model: Any,
+        data: Any,
+        *,
+        target: float | None = None,
+        resume: str | None = None,
+        progress: bool = True,
+        visits: int = 4,
+    ) -> Self:
+        """Give every head of every layer a density of its own, so that all together keep the most
+        attention mass at a mean density of ``target`` (by default ``1 - sparsity``).
+
+        data: keyword arguments of a few calls of the model or pipeline.
+        resume: a file that keeps what was measured, so that a killed fit goes on from there.
+        visits: how many steps of a call are measured, evenly spread; each costs dense scores.
+
+        Returns a policy whose ``heads`` is an artifact; ``heads.save(path)`` keeps it.
+        """
+        from accelerate_hooks.policies import _budgets
+
+        share = 1.0 - self.sparsity if target is None else target
+        if self.mass is not None or not 0.0 < share < 1.0:
+            raise SpecError(
+                f"draft_attention: cannot fit densities to target={target!r} with "
+                f"mass={self.mass}; give 0 < target < 1, and mass=None"
+            )
+        curves = _budgets.measure(
+            self, model, data, visits=visits, resume=resume, progress=progress
+        )
+        budgets, kept = _budgets.allocate(curves, share)
+        artifact = Artifact.create(
+            budgets, policy=self.name, model=_budgets.model_of(model), density=share, **kept
+        )
+        return replace(self, heads=artifact)
+
     # -- one visit ---------------------------------------------------------------------------
 
     def around(self, call: Call) -> Any:
@@ -160,23 +195,13 @@ class DraftAttention(Policy):
 
     @uncompiled
     def _attend(self, call: Call, a: Attention) -> Tensor:
-        if a.is_cross:
-            return a.default()
-        seen, why = _key_mask(a)
-        why = why or _unfit(a)
-        if why is not None:
-            call.note(why)
-            return a.default()
-        plan = self._plan(call, a)
-        if plan.rows < 2:
-            call.note(f"a single block of {plan.block} tokens")
-            return a.default()
         clock = _Clock(a.q)
-        q, k, v = (plan.reorder(t) for t in (a.q, a.k, a.v))
-        seen = None if seen is None else plan.reorder(seen, 1)
+        prepared = self.prepare(call, a)
+        if prepared is None:
+            return a.default()
+        plan, q, k, v, seen, scale = prepared
         clock.lap("reorder_ms")
-        scale = 1.0 / math.sqrt(a.q.shape[-1]) if a.scale is None else a.scale
-        draft = plan.draft(q, k, scale)
+        draft = self.draft(call, plan, q, k, scale)
         clock.lap("draft_ms")
         share = self._share(call, a)
         mask = plan.selection.choose(draft, share)
@@ -191,11 +216,9 @@ class DraftAttention(Policy):
         clock.lap("reorder_ms")
         for (op, reason), _ in (FALLBACKS - before).items():
             call.remark(f"draft_attention: {op} runs without its fast kernel: {reason}")
-        if isinstance(share, Tensor):
-            density = float(self._budget(call).mean())
-        else:
-            known = plan.selection.density(share)
-            density = known if known is not None else call.read(mask.float().mean())[0]
+        density = self._density(call, plan)
+        if density is None:
+            density = call.read(mask.float().mean())[0]
         whole = a.flops * (0.5 if a.is_causal else 1.0)
         call.spare(whole * (1.0 - density), whole * density)
         numbers = {"density": density, **clock.numbers}
@@ -210,15 +233,61 @@ class DraftAttention(Policy):
         call.note("draft", **numbers)
         return out
 
+    def prepare(self, call: Call, a: Attention) -> Prepared | None:
+        """Plan, reordered q, k, v and key mask, and the scale; None where an attention is to be
+        computed in full (the reason is noted)."""
+        if a.is_cross:
+            return None
+        seen, why = _key_mask(a)
+        why = why or _unfit(a)
+        if why is not None:
+            call.note(why)
+            return None
+        plan = self._plan(call, a)
+        if plan.rows < 2:
+            call.note(f"a single block of {plan.block} tokens")
+            return None
+        q, k, v = (plan.reorder(t) for t in (a.q, a.k, a.v))
+        seen = None if seen is None else plan.reorder(seen, 1)
+        return plan, q, k, v, seen, 1.0 / math.sqrt(a.q.shape[-1]) if a.scale is None else a.scale
+
+    def draft(self, call: Call, plan: Plan, q: Tensor, k: Tensor, scale: float) -> Tensor:
+        """Scores ``[B, heads, R, R]`` of the blocks of reordered ``q`` and ``k``: the greatest are
+        computed. A subclass may rank them by something else."""
+        return plan.draft(q, k, scale)
+
     def _share(self, call: Call, a: Attention) -> float | Tensor:
         if isinstance(self.heads, Artifact):
-            return self._budget(call).to(a.q.device)
+            budgets: dict[Any, Tensor] = call.slot(dict, scope="run")
+            key = ("budget", call.site.name, a.q.device)
+            if key not in budgets:
+                budgets[key] = self._budget(call).to(a.q.device)
+            return budgets[key]
         return 1.0 - self.sparsity if self.mass is None else self.mass
 
     def _budget(self, call: Call) -> Tensor:
         """The fitted densities ``[heads]`` of this layer."""
         assert isinstance(self.heads, Artifact)
-        return self.heads.tensors[call.site.name].double()
+        found = self.heads.tensors.get(call.site.name)
+        if found is None:
+            raise ArtifactError(
+                f"draft_attention: the artifact has no densities for {call.site.name}; fit again "
+                "on calls that reach it, or leave it out with only="
+            )
+        return found.double()
+
+    def _density(self, call: Call, plan: Plan) -> float | None:
+        """The share of visible blocks that is computed; None where that follows from the data."""
+        if self.mass is not None:
+            return None
+        known: dict[Any, float | None] = call.slot(dict, scope="site")
+        if plan not in known:
+            shares = [1.0 - self.sparsity]
+            if isinstance(self.heads, Artifact):
+                shares = self._budget(call).tolist()
+            found = [plan.selection.density(share) or 0.0 for share in shares]
+            known[plan] = sum(found) / len(found)
+        return known[plan]
 
     def _plan(self, call: Call, a: Attention) -> Plan:
         """Order and selection for the tokens at hand: made once a run and resolution."""
@@ -226,7 +295,10 @@ class DraftAttention(Policy):
         plans: dict[Any, Plan] = call.slot(dict, scope="run")
         key = (tokens, device, a.is_causal)
         if key not in plans:
-            plans[key] = Plan.of(self, self._layout(call, a), tokens, a.is_causal, device)
+            plans[key] = Plan.of(
+                self._layout(call, a), tokens, device, pool=self.pool, rule=self.select,
+                sinks=self.sinks, causal=a.is_causal,
+            )  # fmt: skip
         return plans[key]
 
     def _layout(self, call: Call, a: Attention) -> TokenLayout:
@@ -269,105 +341,6 @@ def _unfit(a: Attention) -> str | None:
     if a.q.ndim != 4 or a.v.shape[-1] != a.q.shape[-1]:
         return "heads of another form"
     return None
-
-
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """What does not depend on q, k and v: the order of the tokens and what is kept anyway."""
-
-    tokens: int
-    block: int
-    index: Tensor | None
-    back: Tensor | None
-    sizes: Tensor
-    selection: Selection
-
-    @property
-    def rows(self) -> int:
-        return len(self.sizes)
-
-    @classmethod
-    def of(
-        cls, policy: DraftAttention, layout: TokenLayout, tokens: int, causal: bool, device: Any
-    ) -> Plan:
-        region = region_of(policy.pool, layout)
-        block = math.prod(region)
-        order = order_of(layout, region, tokens)
-        rows = math.ceil(tokens / block)
-        dense = torch.arange(rows) >= layout.visual // block
-        dense &= torch.tensor(tokens > layout.visual)
-        selection = Selection.of(
-            rows, rows, policy.select, diagonal=True, sinks=policy.sinks, dense_rows=dense,
-            dense_columns=dense,
-            visible=torch.ones(rows, rows, dtype=torch.bool).tril() if causal else None,
-        )  # fmt: skip
-        sizes = torch.full((rows,), block)
-        sizes[-1] = tokens - block * (rows - 1)
-        return cls(
-            tokens,
-            block,
-            None if order is None else order.to(device),
-            None if order is None else order.argsort().to(device),
-            sizes.to(device),
-            selection,
-        )
-
-    def reorder(self, t: Tensor, axis: int = 2) -> Tensor:
-        return t if self.index is None else t.index_select(axis, self.index)
-
-    def restore(self, t: Tensor) -> Tensor:
-        return t if self.back is None else t.index_select(2, self.back)
-
-    def draft(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
-        """The attention map of blocks ``[B, Hq, R, R]``, float32."""
-        pooled = [pool_tokens(t, (self.tokens,), (self.block,)).float() for t in (q, k)]
-        keys = pooled[1].repeat_interleave(q.shape[1] // k.shape[1], 1)
-        scores = pooled[0] @ keys.transpose(-1, -2) * scale + self.sizes.log()
-        return scores.masked_fill(self.selection.unseen(q.device), -math.inf).softmax(-1)
-
-
-def region_of(pool: tuple[int, ...] | None, layout: TokenLayout) -> tuple[int, int, int]:
-    """(frames, height, width) of a region; of 128 tokens where nothing is said."""
-    if pool is not None and len(pool) == 1 and layout.frames == layout.height == 1:
-        return 1, 1, pool[0]
-    if pool is not None and layout.frames == layout.height == 1:
-        return 1, 1, math.prod(pool)
-    if pool is not None:
-        if len(pool) == 1:
-            raise SpecError(
-                f"draft_attention: pool={pool!r} names one axis, and tokens stand in a grid of "
-                f"{layout.grid}; give (height, width) or (frames, height, width)"
-            )
-        return (1, pool[0], pool[1]) if len(pool) == 2 else (pool[0], pool[1], pool[2])
-    width = min(16, _power(layout.width))
-    if layout.frames == layout.height == 1:
-        return 1, 1, _BLOCK
-    height = min(_BLOCK // width, _power(layout.height))
-    return _BLOCK // width // height, height, width
-
-
-def _power(size: int) -> int:
-    """The greatest power of two that is no more than ``size``."""
-    return 1 << (size.bit_length() - 1)
-
-
-def order_of(layout: TokenLayout, region: tuple[int, int, int], tokens: int) -> Tensor | None:
-    """The tokens region by region, each in raster order; text and special tokens at the end. None
-    where that is the order in which they stand."""
-    start = layout.special
-    if layout.text is not None and layout.text.start <= layout.special:
-        start += layout.text.stop - layout.text.start
-    depth = [min(pair) for pair in zip(region, layout.grid, strict=True)]
-    split = [i for i in range(3) if depth[i] < layout.grid[i]]
-    if start == 0 and all(depth[j] == 1 for i in split for j in range(i)):
-        return None
-    place = torch.arange(layout.visual).view(layout.grid)
-    f, h, w = (torch.arange(size) // step for size, step in zip(layout.grid, region, strict=True))
-    counts = [math.ceil(size / step) for size, step in zip(layout.grid, region, strict=True)]
-    number = (f.view(-1, 1, 1) * counts[1] + h.view(-1, 1)) * counts[2] + w
-    inside = place.flatten()[number.flatten().argsort(stable=True)]
-    behind = torch.arange(start + layout.visual, tokens)
-    return torch.cat((inside + start, torch.arange(start), behind))
 
 
 class _Clock:

@@ -1,0 +1,219 @@
+"""Densities a head for DraftAttention: measured curves, and the best split of a mean density."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from accelerate_hooks._files import write_atomically
+from accelerate_hooks.attention import Attention
+from accelerate_hooks.call import Call
+from accelerate_hooks.enable import enable
+from accelerate_hooks.errors import SpecError
+from accelerate_hooks.kernels import attention_mass
+from accelerate_hooks.opaque import opaque_functions
+from accelerate_hooks.policy import Policy
+from accelerate_hooks.site import Effect, Kind, Site
+
+if TYPE_CHECKING:
+    from accelerate_hooks.policies.draft_attention import DraftAttention
+
+GRID = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 1.0)
+
+
+@dataclass
+class Curve:
+    """Of one layer: the mass kept ``[heads, len(GRID)]`` at each density, summed over visits, and
+    the densities themselves (blocks kept by name are in them)."""
+
+    kept: Tensor
+    density: Tensor
+    visits: int = 1
+
+    def add(self, kept: Tensor, density: Tensor) -> None:
+        self.kept = self.kept + kept
+        self.density = self.density + density
+        self.visits += 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe(Policy):
+    """Looks at attention as ``policy`` would choose its blocks, and computes it in full."""
+
+    name: ClassVar[str] = "draft_attention_probe"
+    policy: Any = None
+    every: int = 1
+    curves: dict[str, Curve] = field(default_factory=dict)
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        return ("attention",)
+
+    @classmethod
+    def exact(cls) -> Self:
+        return cls()
+
+    example = exact
+
+    def acts(self, site: Site) -> frozenset[Effect]:
+        return frozenset({Effect.REPLACE})
+
+    def around(self, call: Call) -> Any:
+        if call.step.index % self.every:
+            return call.proceed()
+        return call.attention(lambda a: self._look(call, a))
+
+    def _look(self, call: Call, a: Attention) -> Tensor:
+        policy: DraftAttention = self.policy
+        seen = policy.prepare(call, a)
+        if seen is not None:
+            plan, q, k, _, key_mask, scale = seen
+            draft = policy.draft(call, plan, q, k, scale)
+            mass = attention_mass(
+                q, k, plan.block, scale=scale, is_causal=a.is_causal, key_mask=key_mask
+            )
+            masks = [plan.selection.choose(draft, share) for share in GRID]
+            kept = torch.stack([(mass * m).sum(-1).mean((0, 2)) for m in masks], -1)
+            density = torch.stack([m.double().mean((0, 2, 3)) for m in masks], -1)
+            name = call.site.name
+            if name in self.curves:
+                self.curves[name].add(kept.cpu(), density.cpu())
+            else:
+                self.curves[name] = Curve(kept.cpu(), density.cpu())
+        return a.default()
+
+
+def measure(
+    policy: DraftAttention,
+    model: Any,
+    data: Sequence[Any],
+    *,
+    visits: int,
+    resume: str | None,
+    progress: bool,
+) -> dict[str, Curve]:
+    """The curves of every layer over the calls of ``data``."""
+    from tqdm import tqdm
+
+    items = list(data)
+    if not items:
+        raise SpecError("draft_attention: fit needs at least one item in data")
+    path = None if resume is None else Path(resume)
+    curves, first = _resumed(path, policy)
+    for number, item in enumerate(tqdm(items, desc="densities", disable=not progress)):
+        if number < first:
+            continue
+        steps = item.get("num_inference_steps") if isinstance(item, dict) else None
+        every = max(1, math.ceil(steps / visits)) if steps else 1
+        with enable(model, Probe(policy=policy, every=every, curves=curves)), torch.no_grad():
+            model(**item)
+        if path is not None:
+            _save(path, policy, curves, number + 1)
+    if not curves:
+        raise SpecError(
+            "draft_attention: no attention was measured: all of it is masked, to another sequence "
+            "or one block long"
+        )
+    return curves
+
+
+def _resumed(path: Path | None, policy: Policy) -> tuple[dict[str, Curve], int]:
+    if path is None or not path.exists():
+        return {}, 0
+    state = torch.load(path, weights_only=True)
+    if state["policy"] != str(policy):
+        raise SpecError(
+            f"{path} was begun with {state['policy']}, not {policy}; give another file, or that"
+        )
+    curves = {
+        name: Curve(**{f.name: values[f.name] for f in fields(Curve)})
+        for name, values in state["curves"].items()
+    }
+    return curves, state["calls"]
+
+
+def _save(path: Path, policy: Policy, curves: dict[str, Curve], calls: int) -> None:
+    state = {
+        "policy": str(policy),
+        "calls": calls,
+        "curves": {name: vars(curve) for name, curve in curves.items()},
+    }
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def allocate(curves: dict[str, Curve], target: float) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Shares ``[heads]`` of each layer that keep the most mass at a mean density of ``target``.
+
+    The upper concave hull of every head's curve is climbed piece by piece, steepest piece of all
+    first: the best split of a sum of concave functions.
+    """
+    pieces: list[tuple[float, float, str, int, int]] = []
+    shares = {
+        name: torch.full(curve.kept.shape[:1], GRID[0]).double() for name, curve in curves.items()
+    }
+    spent, heads = 0.0, 0
+    for name, curve in curves.items():
+        kept, density = (t.double() / curve.visits for t in (curve.kept, curve.density))
+        for head in range(len(kept)):
+            points = hull(density[head].tolist(), kept[head].tolist())
+            spent += density[head][0].item()
+            heads += 1
+            for a, b in itertools.pairwise(points):
+                width = (density[head][b] - density[head][a]).item()
+                slope = (kept[head][b] - kept[head][a]).item() / width
+                pieces.append((-slope, width, name, head, b))
+    for _, width, name, head, b in sorted(pieces):
+        room = target * heads - spent
+        if room <= 0:
+            break
+        low, part = shares[name][head].item(), min(1.0, room / width)
+        shares[name][head] = low + part * (GRID[b] - low)
+        spent += part * width
+    equal = sum(_at(curve, torch.full_like(shares[name], target)) for name, curve in curves.items())
+    fitted = sum(_at(curve, shares[name]) for name, curve in curves.items())
+    return shares, {"mass_equal": equal / heads, "mass_fitted": fitted / heads}
+
+
+def hull(x: Sequence[float], y: Sequence[float]) -> list[int]:
+    """The places of the points on the upper concave hull, from the first to the last."""
+    kept: list[int] = []
+    for i in range(len(x)):
+        if kept and x[i] <= x[kept[-1]]:
+            continue
+        while len(kept) > 1 and _slope(x, y, kept[-2], kept[-1]) <= _slope(x, y, kept[-1], i):
+            kept.pop()
+        kept.append(i)
+    return kept
+
+
+def _slope(x: Sequence[float], y: Sequence[float], a: int, b: int) -> float:
+    return (y[b] - y[a]) / (x[b] - x[a])
+
+
+def _at(curve: Curve, shares: Tensor) -> float:
+    """The mass that all heads together keep at ``shares``, by linear interpolation."""
+    grid = torch.tensor(GRID, dtype=torch.float64)
+    kept = curve.kept.double() / curve.visits
+    place = torch.searchsorted(grid, shares.double().contiguous()).clamp(1, len(GRID) - 1)
+    part = (shares.double() - grid[place - 1]) / (grid[place] - grid[place - 1])
+    low, high = (kept.gather(1, p.unsqueeze(1)).squeeze(1) for p in (place - 1, place))
+    return torch.lerp(low, high, part.clamp(0, 1)).sum().item()
+
+
+def model_of(target: Any) -> nn.Module:
+    """The module that an artifact is made for: the target, or a pipeline's denoiser."""
+    with enable(target, Probe()) as session:
+        return session.roots[0].model
+
+
+opaque_functions(globals())

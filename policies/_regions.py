@@ -1,0 +1,119 @@
+"""Regions of a token grid as blocks of a sequence: their order, and what is kept of them anyway."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from accelerate_hooks.errors import SpecError
+from accelerate_hooks.kernels import Rule, Selection, pool_tokens
+from accelerate_hooks.opaque import opaque_functions
+from accelerate_hooks.site import TokenLayout
+
+_BLOCK = 128
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What does not depend on q, k and v: the order of the tokens and what is kept anyway."""
+
+    tokens: int
+    block: int
+    index: Tensor | None
+    back: Tensor | None
+    sizes: Tensor
+    selection: Selection
+
+    @property
+    def rows(self) -> int:
+        return len(self.sizes)
+
+    @classmethod
+    def of(
+        cls, layout: TokenLayout, tokens: int, device: torch.device, *,
+        pool: tuple[int, ...] | None, rule: Rule, sinks: int, causal: bool,
+    ) -> Plan:  # fmt: skip
+        region = region_of(pool, layout)
+        block = math.prod(region)
+        order = order_of(layout, region, tokens)
+        rows = math.ceil(tokens / block)
+        dense = torch.arange(rows) >= layout.visual // block
+        dense &= torch.tensor(tokens > layout.visual)
+        selection = Selection.of(
+            rows, rows, rule, diagonal=True, sinks=sinks, dense_rows=dense,
+            dense_columns=dense,
+            visible=torch.ones(rows, rows, dtype=torch.bool).tril() if causal else None,
+        )  # fmt: skip
+        sizes = torch.full((rows,), block)
+        sizes[-1] = tokens - block * (rows - 1)
+        return cls(
+            tokens,
+            block,
+            None if order is None else order.to(device),
+            None if order is None else order.argsort().to(device),
+            sizes.to(device),
+            selection,
+        )
+
+    def reorder(self, t: Tensor, axis: int = 2) -> Tensor:
+        return t if self.index is None else t.index_select(axis, self.index)
+
+    def restore(self, t: Tensor) -> Tensor:
+        return t if self.back is None else t.index_select(2, self.back)
+
+    def draft(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
+        """The attention map of blocks ``[B, Hq, R, R]``, float32."""
+        pooled = [pool_tokens(t, (self.tokens,), (self.block,)).float() for t in (q, k)]
+        keys = pooled[1].repeat_interleave(q.shape[1] // k.shape[1], 1)
+        scores = pooled[0] @ keys.transpose(-1, -2) * scale + self.sizes.log()
+        return scores.masked_fill(self.selection.unseen(q.device), -math.inf).softmax(-1)
+
+
+def region_of(pool: tuple[int, ...] | None, layout: TokenLayout) -> tuple[int, int, int]:
+    """(frames, height, width) of a region; of 128 tokens where nothing is said."""
+    if pool is not None and len(pool) == 1 and layout.frames == layout.height == 1:
+        return 1, 1, pool[0]
+    if pool is not None and layout.frames == layout.height == 1:
+        return 1, 1, math.prod(pool)
+    if pool is not None:
+        if len(pool) == 1:
+            raise SpecError(
+                f"draft_attention: pool={pool!r} names one axis, and tokens stand in a grid of "
+                f"{layout.grid}; give (height, width) or (frames, height, width)"
+            )
+        return (1, pool[0], pool[1]) if len(pool) == 2 else (pool[0], pool[1], pool[2])
+    width = min(16, _power(layout.width))
+    if layout.frames == layout.height == 1:
+        return 1, 1, _BLOCK
+    height = min(_BLOCK // width, _power(layout.height))
+    return _BLOCK // width // height, height, width
+
+
+def _power(size: int) -> int:
+    """The greatest power of two that is no more than ``size``."""
+    return 1 << (size.bit_length() - 1)
+
+
+def order_of(layout: TokenLayout, region: tuple[int, int, int], tokens: int) -> Tensor | None:
+    """The tokens region by region, each in raster order; text and special tokens at the end. None
+    where that is the order in which they stand."""
+    start = layout.special
+    if layout.text is not None and layout.text.start <= layout.special:
+        start += layout.text.stop - layout.text.start
+    depth = [min(pair) for pair in zip(region, layout.grid, strict=True)]
+    split = [i for i in range(3) if depth[i] < layout.grid[i]]
+    if start == 0 and all(depth[j] == 1 for i in split for j in range(i)):
+        return None
+    place = torch.arange(layout.visual).view(layout.grid)
+    f, h, w = (torch.arange(size) // step for size, step in zip(layout.grid, region, strict=True))
+    counts = [math.ceil(size / step) for size, step in zip(layout.grid, region, strict=True)]
+    number = (f.view(-1, 1, 1) * counts[1] + h.view(-1, 1)) * counts[2] + w
+    inside = place.flatten()[number.flatten().argsort(stable=True)]
+    behind = torch.arange(start + layout.visual, tokens)
+    return torch.cat((inside + start, torch.arange(start), behind))
+
+
+opaque_functions(globals())

@@ -1,0 +1,392 @@
+"""DraftAttention: right against a slow oracle, on every family whose layout is known."""
+
+import dataclasses
+import itertools
+import math
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_models import TINY
+from torch.nn import functional as F
+
+from accelerate_hooks import (
+    ArtifactError,
+    DraftAttention,
+    Effect,
+    Policy,
+    SpecError,
+    UnsupportedModelError,
+    enable,
+)
+from accelerate_hooks.artifact import Artifact
+from accelerate_hooks.kernels import attention_mass, select_blocks
+from accelerate_hooks.patches import grids
+from accelerate_hooks.policies import _budgets, draft_attention
+from accelerate_hooks.policies._regions import Plan, order_of, region_of
+from accelerate_hooks.site import TokenLayout
+
+# name: where text stands in the joint sequence
+FAMILIES = {
+    "wan": None,
+    "wan_vace": None,
+    "hunyuan_video": "last",
+    "cogvideox": "first",
+    "mochi": "last",
+    "ltx": None,
+    "flux": "first",
+    "sd3": "last",
+    "pixart": None,
+    "dit": None,
+    "qwenimage": "first",
+    "unet": None,
+}
+SMALL: dict[str, Any] = {"pool": (1, 2, 2), "dense_steps": 0, "dense_blocks": 0}
+
+
+def few(**settings: Any) -> DraftAttention:
+    return DraftAttention(**(SMALL | settings))
+
+
+# -- order -----------------------------------------------------------------------------------------
+
+
+@st.composite
+def layouts(draw):
+    grid = tuple(draw(st.integers(1, 6)) for _ in range(3))
+    visual, text = math.prod(grid), draw(st.integers(0, 5))
+    where = draw(st.sampled_from([None, "first", "last"])) if text else None
+    start = {None: 0, "first": 0, "last": visual}[where]
+    layout = TokenLayout(*grid, slice(start, start + text) if where else None)
+    region = tuple(draw(st.integers(1, 4)) for _ in range(3))
+    return layout, region, visual + (text if where else 0)
+
+
+@given(layouts())
+def test_reorder_and_its_inverse_cancel(drawn):
+    layout, region, tokens = drawn
+    plan = Plan.of(
+        layout, tokens, torch.device("cpu"), pool=region, rule="row", sinks=0, causal=False
+    )
+    x = torch.randn(1, 2, tokens, 3)
+    assert torch.equal(plan.restore(plan.reorder(x)), x)
+
+
+@given(layouts())
+def test_regions_are_contiguous_and_text_is_behind(drawn):
+    layout, region, tokens = drawn
+    order = order_of(layout, region, tokens)
+    same = torch.arange(tokens)
+    order = same if order is None else order
+    assert sorted(order.tolist()) == same.tolist()
+    start = 0 if layout.text is None or layout.text.start else layout.text.stop
+    seen = []
+    for place in order[: layout.visual].tolist():
+        f, rest = divmod(place - start, layout.height * layout.width)
+        cell = (f, *divmod(rest, layout.width))
+        seen.append(tuple(c // r for c, r in zip(cell, region, strict=True)))
+    assert seen == sorted(seen)
+    groups = [key for key, _ in itertools.groupby(seen)]
+    assert len(groups) == len(set(groups))
+
+
+@given(layouts())
+def test_an_order_is_left_out_only_where_it_changes_nothing(drawn):
+    layout, region, tokens = drawn
+    flat = dataclasses.replace(layout, special=0)
+    if order_of(flat, region, tokens) is not None:
+        return
+    longer = torch.arange(layout.visual).view(layout.grid)
+    parts = [torch.arange(n).split(r) for n, r in zip(layout.grid, region, strict=True)]
+    by_hand = [longer[f][:, h][:, :, w].flatten() for f, h, w in itertools.product(*parts)]
+    assert torch.equal(torch.cat(by_hand), torch.arange(layout.visual))
+
+
+@pytest.mark.parametrize(
+    ("grid", "region"),
+    [
+        ((21, 30, 52), (1, 8, 16)),
+        ((1, 64, 64), (1, 8, 16)),
+        ((16, 8, 8), (2, 8, 8)),
+        ((1, 1, 3000), (1, 1, 128)),
+        ((16, 5, 100), (2, 4, 16)),
+    ],
+)
+def test_regions_hold_128_tokens_by_default(grid, region):
+    assert region_of(None, TokenLayout(*grid)) == region
+    assert math.prod(region) == 128
+
+
+# -- against a slow oracle -------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Slow(Policy):
+    """The same blocks, as a mask over all tokens in their own order, by dense attention."""
+
+    name: ClassVar[str] = "slow"
+    like: Any = None
+    masks: list = dataclasses.field(default_factory=list)
+
+    @property
+    def kinds(self):
+        return ("attention",)
+
+    def acts(self, site):
+        return frozenset({Effect.REPLACE})
+
+    def around(self, call):
+        return call.attention(lambda a: self.attend(call, a))
+
+    def attend(self, call, a):
+        prepared = self.like.prepare(call, a)
+        if prepared is None:
+            return a.default()
+        plan, q, k, _, seen, scale = prepared
+        mask = plan.selection.choose(self.like.draft(call, plan, q, k, scale), 0.5)
+        tokens = q.shape[2]
+        dense = mask.repeat_interleave(plan.block, 2).repeat_interleave(plan.block, 3)
+        dense = dense[:, :, :tokens, :tokens]
+        if seen is not None:
+            dense = dense & seen[:, None, None]
+        dense = plan.restore(plan.restore(dense).transpose(2, 3)).transpose(2, 3)
+        if a.is_causal:
+            dense = dense & torch.ones(tokens, tokens, dtype=torch.bool).tril()
+        self.masks.append((a.layout.at(tokens), dense))
+        k, v = (t.repeat_interleave(a.groups, 1) for t in (a.k, a.v))
+        return F.scaled_dot_product_attention(a.q, k, v, dense, scale=scale)
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "llama", "bert", "t5"])
+def test_it_agrees_with_the_slow_oracle(name):
+    model, inputs = TINY[name].build(), TINY[name].inputs(2)
+    policy = few(sparsity=0.5, select="row")
+    slow = Slow(like=policy)
+    with torch.no_grad():
+        plain = model(**inputs)[0]
+        with enable(model, slow):
+            wanted = model(**inputs)[0]
+        with enable(model, policy) as session:
+            got = model(**inputs)[0]
+            skipped = sum(session.skips.values())
+    assert skipped and slow.masks
+    assert not torch.allclose(wanted, plain, rtol=1e-3)
+    assert (got - wanted).norm() <= 2e-5 * wanted.norm()
+    for layout, dense in slow.masks:
+        if layout is not None and layout.text is not None:
+            assert dense[:, :, layout.text].all() and dense[..., layout.text].all()
+        assert dense.any(-1).all()
+
+
+def test_every_family_in_the_table_is_tested():
+    classes = {type(TINY[name].build()).__name__ for name in FAMILIES}
+    assert classes == set(grids.LAYOUTS)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_layouts_are_those_of_the_tokens(name):
+    """The family's rule gives the number of tokens that attention has, and where text stands."""
+    told = []
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Look(Policy):
+        name: ClassVar[str] = "look"
+        kinds = ("attention",)
+
+        def acts(self, site):
+            return frozenset({Effect.REPLACE})
+
+        def around(self, call):
+            return call.attention(lambda a: (told.append(a), a.default())[1])
+
+    model, inputs = TINY[name].build(), TINY[name].inputs(2)
+    with torch.no_grad(), enable(model, Look()):
+        model(**inputs)
+    own = [a for a in told if not a.is_cross and a.q.shape[2] == a.k.shape[2]]
+    assert own and all(a.layout is not None for a in own)
+    fitting = [a.layout.at(a.q.shape[2]) for a in own]
+    assert any(found is not None for found in fitting)
+    text = next(found for found in fitting if found is not None).text
+    where = FAMILIES[name]
+    if where is None:
+        assert text is None
+    else:
+        first = next(a for a, found in zip(own, fitting, strict=True) if found is not None)
+        assert (text.start == 0) == (where == "first")
+        assert text.stop - text.start + first.layout.visual == first.q.shape[2]
+
+
+# -- settings --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("select", ["quantile", "row"])
+def test_the_density_is_the_one_asked_for(select):
+    model, inputs = TINY["wan"].build(), TINY["wan"].inputs(1)
+    with torch.no_grad(), enable(model, few(sparsity=0.75, select=select), audit=1) as session:
+        model(**inputs)
+        visits = [v for v in session.report().steps if v["action"] == "partly"]
+    assert visits
+    for visit in visits:
+        assert visit["numbers"]["density"] == pytest.approx(0.25, abs=0.02)
+        assert 0 < visit["numbers"]["mass_kept"] < 1
+        assert visit["numbers"]["true_error"] > 0
+        assert {"draft_ms", "select_ms", "reorder_ms", "kernel_ms"} <= visit["numbers"].keys()
+
+
+def test_mass_keeps_its_share():
+    model, inputs = TINY["wan"].build(), TINY["wan"].inputs(1)
+    densities = []
+    for mass in (0.3, 0.9):
+        policy = few(mass=mass, select="mass")
+        with torch.no_grad(), enable(model, policy) as session:
+            model(**inputs)
+            found = [v["numbers"].get("density") for v in session.report().steps]
+        densities.append([d for d in found if d is not None])
+    assert all(low < high < 1 for low, high in zip(*densities, strict=True))
+
+
+def test_the_first_steps_and_layers_are_dense():
+    model, inputs = TINY["wan"].build(), TINY["wan"].inputs(1)
+    time = inputs.pop("timestep")
+    policy = few(dense_steps=0.25, dense_blocks=1)
+    with torch.no_grad(), enable(model, policy) as session, session.run(total=8):
+        for step in range(8):
+            model(**inputs, timestep=time * 0 + 1000 - step)
+    done = session.report().steps
+    sparse = {(v["step"], v["site"]) for v in done if v["action"] == "partly"}
+    assert {step for step, _ in sparse} == set(range(2, 8))
+    sites = [site.name for site in session.sites]
+    assert sites[0] not in {site for _, site in sparse}
+    reasons = {v["reason"] for v in done if v["action"] == "computed"}
+    assert {"one of the first steps", "one of the first layers"} <= reasons
+
+
+def test_a_share_of_unknown_steps_is_told():
+    model, inputs = TINY["wan"].build(), TINY["wan"].inputs(1)
+    with torch.no_grad(), enable(model, few(dense_steps=0.25)) as session:
+        model(**inputs)
+    assert any("session.run(total=" in note for note in session.notes)
+
+
+def test_masks_that_are_more_than_padding_are_computed_in_full():
+    model, inputs = TINY["llama"].build(), TINY["llama"].inputs(2)
+    mask = torch.ones_like(inputs["input_ids"])
+    mask[0, :3] = 0
+    inputs = inputs | {"attention_mask": mask}
+    with torch.no_grad():
+        plain = model(**inputs)[0]
+        with enable(model, few()) as session:
+            assert torch.equal(model(**inputs)[0], plain)
+            report = session.report().to_dict()
+    assert "mask" in report["never"]
+
+
+def test_decoding_is_dense_after_a_sparse_prefill():
+    model, inputs = TINY["llama"].build(), TINY["llama"].inputs(1)
+    with torch.no_grad(), enable(model, few(sparsity=0.5)) as session:
+        model.generate(
+            **inputs | {"use_cache": True}, min_new_tokens=4, max_new_tokens=4, do_sample=False
+        )
+        done = session.report().steps
+    assert {v["action"] for v in done if v["step"] == 0} == {"partly"}
+    assert {v["action"] for v in done if v["step"] > 0} == {"computed"}
+
+
+def test_a_model_of_an_unknown_family_needs_a_grid():
+    model, inputs = TINY["auraflow"].build(), TINY["auraflow"].inputs(2)
+    with pytest.raises(UnsupportedModelError, match=r"grid=\(frames, height, width\)"):
+        enable(model, few())
+    with torch.no_grad():
+        with enable(model, few(grid=(3, 5, 7))), pytest.raises(UnsupportedModelError) as error:
+            model(**inputs)
+        tokens = int(str(error.value).split("its attention has ")[1].split()[0])
+        with enable(model, few(grid=(tokens // 4, 2, 2), text="last")) as session:
+            model(**inputs)
+            assert sum(session.skips.values())
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"sparsity": 1.0}, "0 <= sparsity < 1"),
+        ({"mass": 0.9}, "select"),
+        ({"select": "mass"}, "together with mass="),
+        ({"mass": 1.5, "select": "mass"}, "0 < mass <= 1"),
+        ({"pool": (0, 2)}, "positive sizes"),
+        ({"grid": ()}, "positive sizes"),
+        ({"text": "first"}, "grid="),
+        ({"dense_steps": -1}, "dense_steps"),
+        ({"dense_blocks": -1}, "dense_blocks"),
+        ({"sinks": -1}, "sinks"),
+    ],
+)
+def test_settings_are_checked(settings, words):
+    with pytest.raises(SpecError, match=words):
+        DraftAttention(**settings)
+
+
+def test_one_axis_for_a_grid_is_refused():
+    model, inputs = TINY["wan"].build(), TINY["wan"].inputs(1)
+    with torch.no_grad(), enable(model, few(pool=(4,))), pytest.raises(SpecError, match="one axis"):
+        model(**inputs)
+
+
+# -- budgets ---------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 2**31), st.floats(0.06, 0.95))
+def test_budgets_spend_the_mean_and_keep_no_less_than_equal_ones(seed, target):
+    generator = torch.Generator().manual_seed(seed)
+    density = torch.tensor(_budgets.GRID, dtype=torch.float64).expand(3, -1)
+    power = torch.rand(3, 1, generator=generator, dtype=torch.float64) * 0.9 + 0.05
+    curves = {name: _budgets.Curve(density**power, density) for name in ("a", "b")}
+    shares, kept = _budgets.allocate(curves, target)
+    mean = torch.cat(list(shares.values())).mean().item()
+    assert mean == pytest.approx(target, abs=1e-6)
+    assert kept["mass_fitted"] >= kept["mass_equal"] - 1e-9
+
+
+def test_fit_gives_each_head_its_density(tmp_path):
+    model, inputs = TINY["wan"].build(), TINY["wan"].inputs(1)
+    policy = few(sparsity=0.6)
+    fitted = policy.fit(model, [inputs, inputs], progress=False, resume=str(tmp_path / "state"))
+    assert isinstance(fitted.heads, Artifact)
+    again = policy.fit(model, [inputs, inputs], progress=False, resume=str(tmp_path / "state"))
+    assert again.heads == fitted.heads
+    with pytest.raises(SpecError, match="was begun with"):
+        few(sparsity=0.5).fit(model, [inputs], progress=False, resume=str(tmp_path / "state"))
+    densities = torch.cat(list(fitted.heads.tensors.values()))
+    assert densities.mean() == pytest.approx(0.4, abs=1e-3) and densities.std() > 0
+    fitted.heads.save(tmp_path / "budgets.safetensors")
+    loaded = DraftAttention(**SMALL, heads=Artifact.load(tmp_path / "budgets.safetensors"))
+    with torch.no_grad(), enable(model, loaded) as session:
+        model(**inputs)
+        found = [v["numbers"].get("density") for v in session.report().steps]
+    found = [d for d in found if d is not None]
+    assert sum(found) / len(found) == pytest.approx(0.4, abs=0.03)
+    with pytest.raises(ArtifactError):
+        enable(TINY["dit"].build(), loaded)
+
+
+# -- laws of the map -------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 2**31), st.sampled_from(["quantile", "row", "mass"]))
+def test_the_mass_kept_grows_with_the_density(seed, rule):
+    q, k = torch.randn(2, 1, 2, 96, 8, generator=torch.Generator().manual_seed(seed)) * 2
+    mass = attention_mass(q, k, 16)
+    kept = [
+        (mass * select_blocks(mass, share, rule=rule, diagonal=True)).sum(-1).mean().item()
+        for share in (0.1, 0.3, 0.5, 0.8, 1.0)
+    ]
+    assert kept == sorted(kept) and kept[-1] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_it_says_which_kernel_it_lacks(monkeypatch):
+    model, inputs = TINY["wan"].build(), TINY["wan"].inputs(1)
+    with torch.no_grad(), enable(model, few()) as session:  # blocks of 4 tokens
+        model(**inputs)
+    assert any("without its fast kernel" in note for note in session.notes)
+    assert draft_attention.FALLBACKS
