@@ -6,6 +6,7 @@ from accelerate_hooks.kernels._dispatch import FALLBACKS, KernelError
 from accelerate_hooks.kernels.block_sparse import block_sparse_attention
 from accelerate_hooks.kernels.pooling import pool_tokens
 from accelerate_hooks.kernels.selection import Rule, Selection, attention_mass, select_blocks
+from accelerate_hooks.kernels.windows import tile_order, window_attention
 
 __all__ = [
     "FALLBACKS",
@@ -16,4 +17,6 @@ __all__ = [
     "block_sparse_attention",
     "pool_tokens",
     "select_blocks",
+    "tile_order",
+    "window_attention",
 ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from accelerate_hooks.errors import SpecError
-from accelerate_hooks.kernels import Rule, Selection, pool_tokens
+from accelerate_hooks.kernels import Rule, Selection, pool_tokens, tile_order
 from accelerate_hooks.opaque import opaque_functions
 from accelerate_hooks.site import TokenLayout
 
@@ -103,15 +103,10 @@ def order_of(layout: TokenLayout, region: tuple[int, int, int], tokens: int) -> 
     start = layout.special
     if layout.text is not None and layout.text.start <= layout.special:
         start += layout.text.stop - layout.text.start
-    depth = [min(pair) for pair in zip(region, layout.grid, strict=True)]
-    split = [i for i in range(3) if depth[i] < layout.grid[i]]
-    if start == 0 and all(depth[j] == 1 for i in split for j in range(i)):
+    inside = tile_order(layout.grid, region)
+    if inside is None and start == 0:
         return None
-    place = torch.arange(layout.visual).view(layout.grid)
-    f, h, w = (torch.arange(size) // step for size, step in zip(layout.grid, region, strict=True))
-    counts = [math.ceil(size / step) for size, step in zip(layout.grid, region, strict=True)]
-    number = (f.view(-1, 1, 1) * counts[1] + h.view(-1, 1)) * counts[2] + w
-    inside = place.flatten()[number.flatten().argsort(stable=True)]
+    inside = torch.arange(layout.visual) if inside is None else inside
     behind = torch.arange(start + layout.visual, tokens)
     return torch.cat((inside + start, torch.arange(start), behind))
 

@@ -1,0 +1,108 @@
+"""Attention to what is near, on a line, in a plane or in a clip.
+
+Tokens of a ``grid`` are cut into tiles; a tile of queries sees a tile of keys if some token of the
+one is within ``window`` tokens of some token of the other along every axis. So every query sees all
+keys within ``window`` of it, and what else their tiles hold: a band of blocks in one axis, sliding
+tiles (arXiv 2502.04507) in two and three.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from accelerate_hooks.kernels._dispatch import require
+from accelerate_hooks.kernels.block_sparse import block_sparse_attention
+
+TILES = {1: (128,), 2: (8, 16), 3: (2, 8, 8)}
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | tuple[int, ...],
+    *,
+    grid: tuple[int, ...] | None = None,
+    tile: tuple[int, ...] | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    key_mask: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Self-attention in which queries see near keys only.
+
+    ``q`` is ``[B, Hq, N, D]``, ``k`` and ``v`` ``[B, Hkv, N, D]`` with ``N = prod(grid)`` tokens
+    in raster order (``grid`` is ``(N,)`` by default). ``window`` is how many tokens to each side, a
+    number or one an axis; ``tile`` the shape of a block, 128 tokens by default. The rest is as in
+    `block_sparse_attention`; causal needs a grid of one axis.
+    """
+    grid = (q.shape[2],) if grid is None else grid
+    require(1 <= len(grid) <= 3, f"grid={grid}: give one to three axes")
+    tile = TILES[len(grid)] if tile is None else tile
+    window = (window,) * len(grid) if isinstance(window, int) else window
+    require(
+        len(tile) == len(window) == len(grid) and all(t > 0 for t in tile),
+        f"grid={grid}, tile={tile}, window={window}: give as many axes for all, tiles of 1 or more",
+    )
+    require(all(w >= 0 for w in window), f"window={window}: give 0 or more tokens")
+    require(
+        q.ndim == 4 and q.shape[2] == k.shape[2] == math.prod(grid),
+        f"q {tuple(q.shape)}, k {tuple(k.shape)}: give the {math.prod(grid)} tokens of grid={grid}",
+    )
+    require(not is_causal or len(grid) == 1, f"is_causal needs one axis, and grid={grid}")
+    order = tile_order(grid, tile)
+    near = window_blocks(grid, tile, window).to(q.device)
+    if order is not None:
+        index = order.to(q.device)
+        q, k, v = (t.index_select(2, index) for t in (q, k, v))
+        key_mask = None if key_mask is None else key_mask.index_select(1, index)
+    out, lse = block_sparse_attention(
+        q, k, v, near[None, None], block_size=math.prod(tile), is_causal=is_causal, scale=scale,
+        enable_gqa=enable_gqa, key_mask=key_mask, return_lse=True,
+    )  # fmt: skip
+    if order is not None:
+        back = order.argsort().to(q.device)
+        out, lse = out.index_select(2, back), lse.index_select(2, back)
+    return (out, lse) if return_lse else out
+
+
+def tile_order(grid: tuple[int, ...], tile: tuple[int, ...]) -> Tensor | None:
+    """The tokens of a grid (raster numbers ``[N]``) tile by tile, each in raster order; None where
+    that is the raster order itself."""
+    depth = [min(pair) for pair in zip(tile, grid, strict=True)]
+    split = [i for i in range(len(grid)) if depth[i] < grid[i]]
+    if all(depth[j] == 1 for i in split for j in range(i)):
+        return None
+    return _tiles(grid, tile)[0].argsort(stable=True)
+
+
+def window_blocks(grid: tuple[int, ...], tile: tuple[int, ...], window: tuple[int, ...]) -> Tensor:
+    """Which blocks of ``prod(tile)`` tokens in `tile_order` see which ``[R, R]``. Where a grid is
+    no multiple of its tiles a block holds tokens of several, and sees what any of them sees."""
+    number, counts = _tiles(grid, tile)
+    near = torch.ones((), dtype=torch.bool)
+    for count, size, reach in zip(counts, tile, window, strict=True):
+        place = torch.arange(count)
+        gap = ((place.unsqueeze(1) - place).abs() - 1) * size + 1
+        axis = gap.clamp(min=0) <= reach
+        # [tiles so far, count, tiles so far, count]
+        near = near[..., None, :, None] & axis.unsqueeze(1) if near.ndim else axis
+        near = near.reshape(math.prod(near.shape[: near.ndim // 2]), -1)
+    block = math.prod(tile)
+    rows = math.ceil(len(number) / block)
+    held = torch.zeros(rows, math.prod(counts), dtype=torch.bool)
+    held[torch.arange(len(number)) // block, number.sort().values] = True
+    return (held.float() @ near.float() @ held.float().T) > 0
+
+
+def _tiles(grid: tuple[int, ...], tile: tuple[int, ...]) -> tuple[Tensor, list[int]]:
+    """The number of its tile of every token ``[N]``, and how many tiles an axis has."""
+    counts = [math.ceil(size / step) for size, step in zip(grid, tile, strict=True)]
+    number = torch.zeros((), dtype=torch.long)
+    for size, step, count in zip(grid, tile, counts, strict=True):
+        number = number.unsqueeze(-1) * count + torch.arange(size) // step
+    return number.flatten(), counts

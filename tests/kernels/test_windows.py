@@ -1,0 +1,115 @@
+"""Window attention: every query sees its window, and what else the tiles of that hold."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from accelerate_hooks.kernels import KernelError, tile_order, window_attention
+
+BOUND = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
+
+
+@st.composite
+def windows(draw):
+    axes = draw(st.integers(1, 3))
+    grid = tuple(draw(st.integers(1, {1: 40, 2: 9, 3: 5}[axes])) for _ in range(axes))
+    tile = tuple(draw(st.integers(1, 4)) for _ in range(axes))
+    window = tuple(draw(st.integers(0, 5)) for _ in range(axes))
+    return grid, tile, window
+
+
+def seen_by_hand(grid, tile, window):
+    """Token by token: blocks of `prod(tile)` tokens, tile by tile; a block sees another if a tile
+    of which it holds a token comes within the window of one of the other's."""
+    cells = list(itertools.product(*map(range, grid)))
+    home = [tuple(c // t for c, t in zip(cell, tile, strict=True)) for cell in cells]
+    order = sorted(range(len(cells)), key=lambda i: (home[i], i))
+    block = {i: place // math.prod(tile) for place, i in enumerate(order)}
+
+    def near(a, b):
+        return all(
+            min(abs(x - y) for x in range(p * t, p * t + t) for y in range(q * t, q * t + t)) <= w
+            for p, q, t, w in zip(a, b, tile, window, strict=True)
+        )
+
+    pairs = {
+        (block[i], block[j])
+        for i, j in itertools.product(range(len(cells)), repeat=2)
+        if near(home[i], home[j])
+    }
+    return torch.tensor([[(block[i], block[j]) in pairs for j in block] for i in sorted(block)])[
+        :, torch.tensor(sorted(range(len(cells)), key=lambda i: list(block)[i]))
+    ]
+
+
+@given(windows(), st.sampled_from(list(BOUND)), st.booleans(), st.integers(0, 2**31))
+def test_it_is_attention_under_the_mask_of_its_window(drawn, dtype, masked, seed):
+    grid, tile, window = drawn
+    generator = torch.Generator().manual_seed(seed)
+    n = math.prod(grid)
+    q = torch.randn(2, 4, n, 8, generator=generator).to(dtype)
+    k, v = (torch.randn(2, 2, n, 8, generator=generator).to(dtype) for _ in range(2))
+    seen = seen_by_hand(grid, tile, window)
+    key_mask = None
+    if masked:
+        key_mask = torch.rand(2, n, generator=generator) < 0.9
+    out, lse = window_attention(
+        q, k, v, window, grid=grid, tile=tile, enable_gqa=True, key_mask=key_mask, return_lse=True
+    )
+    dense = seen.expand(2, 1, n, n)
+    if key_mask is not None:
+        dense = dense & key_mask[:, None, None]
+    keys, values = (t.double().repeat_interleave(2, 1) for t in (k, v))
+    scores = (q.double() @ keys.mT / math.sqrt(8)).masked_fill(~dense, -math.inf)
+    wanted = scores.softmax(-1).nan_to_num() @ values
+    assert (out.double() - wanted).norm() <= BOUND[dtype] * wanted.norm()
+    assert torch.equal(lse == -math.inf, scores.logsumexp(-1) == -math.inf)
+
+
+@given(windows())
+def test_a_query_sees_all_of_its_window(drawn):
+    grid, tile, window = drawn
+    seen = seen_by_hand(grid, tile, window)
+    cells = torch.tensor(list(itertools.product(*map(range, grid))))
+    distance = (cells.unsqueeze(1) - cells).abs()
+    assert seen[(distance <= torch.tensor(window)).all(-1)].all()
+
+
+def test_a_wide_window_is_dense_attention():
+    q, k, v = torch.randn(3, 1, 2, 300, 16, generator=torch.Generator().manual_seed(0)).unbind(0)
+    dense = F.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(window_attention(q, k, v, 300), dense, atol=2e-6, rtol=1e-5)
+    out = window_attention(q, k, v, 20, grid=(3, 10, 10), tile=(1, 4, 4))
+    torch.testing.assert_close(out, dense, atol=2e-6, rtol=1e-5)
+    causal = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    out = window_attention(q, k, v, 300, is_causal=True)
+    torch.testing.assert_close(out, causal, atol=2e-6, rtol=1e-5)
+
+
+def test_a_grid_in_its_own_order_is_not_reordered():
+    assert tile_order((40,), (8,)) is None
+    assert tile_order((4, 5, 6), (2, 5, 6)) is None
+    assert tile_order((4, 5, 6), (1, 1, 3)) is None
+    assert tile_order((4, 5, 6), (1, 2, 3)) is not None
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"grid": (3, 5)}, "15 tokens"),
+        ({"grid": (4, 5), "is_causal": True}, "one axis"),
+        ({"grid": (4, 5), "tile": (2,)}, "as many axes"),
+        ({"window": -1}, "0 or more"),
+        ({"grid": (1, 1, 4, 5)}, "one to three"),
+    ],
+)
+def test_errors_name_the_cause_and_the_fix(change, words):
+    q = torch.zeros(1, 1, 20, 8)
+    given = {"q": q, "k": q, "v": q, "window": 2, **change}
+    with pytest.raises(KernelError, match=words):
+        window_attention(**given)
