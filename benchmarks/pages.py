@@ -18,7 +18,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "lazy_step.md")
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("lazy_step", "draft_attention", "kernels")),
+)
 NOT_MEASURED = "not measured yet: it needs a quiet machine"
 _FREE = ("steps", "solver")
 _NAMES = {
@@ -122,8 +125,94 @@ def overhead() -> str:
     )
 
 
+def block_sparse() -> str:
+    """Shares of the ideal, dense attention's time x density."""
+    parts = []
+    for device in ("cpu", "cuda"):
+        data = read(f"block_sparse_attention_{device}")
+        if data is None:
+            parts.append(f"On {device.upper()}: {NOT_MEASURED.replace('quiet', device.upper())}.")
+            continue
+        heads, d = data["heads_and_head_size"]
+        lines = [
+            f"{data['machine']['device']}, {data['machine']['threads']} threads, {heads} heads of "
+            f"{d}, blocks of {data['block_size']}; shares of the ideal:\n",
+            "| tokens | dtype | sparsity | dense, ms | ours, ms | ours | FlexAttention, compiled |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for row in data["rows"]:
+            share = row["of_ideal"]
+            flex = share.get("flex_attention, compiled")
+            cells = (
+                f"{row['tokens']:,}", row["dtype"], f"{row['sparsity']:g}",
+                f"{row['ms'][row['dense']]:.1f}", f"{row['ms']['ours']:.1f}",
+                f"{share['ours']:.2f}", "failed" if flex is None else f"{flex:.2f}",
+            )  # fmt: skip
+            lines.append(f"| {' | '.join(cells)} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def draft_mass() -> str:
+    """Of each layer of the trained video model, the attention mass that is kept."""
+    data = read("draft_attention_cpu")
+    if data is None:
+        return f"Mass kept on the trained model: {NOT_MEASURED}."
+    mass = data["mass"]
+    lines = [
+        f'Regions of {" x ".join(map(str, mass["pool"]))} tokens, `select="{mass["select"]}"`, density '
+        f"{mass['density']:g}, seeds {mass['seeds'][0]} to {mass['seeds'][1]}:\n",
+        "| layer | random | draft | oracle | (draft - random) / (oracle - random) |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in mass["layers"].items():
+        cells = (name, *(f"{row[kind]:.3f}" for kind in ("random", "draft", "oracle")))
+        lines.append(f"| {' | '.join(cells)} | {row['recovered']:.2f} |")
+    return "\n".join(lines)
+
+
+def draft_generations() -> str:
+    """Whole generations of the trained video model."""
+    data = read("draft_attention_cpu")
+    if data is None:
+        return f"Generations of the trained model: {NOT_MEASURED}."
+    lines = ["| | time | FLOPs left out | drift | PSNR, dB |", "|---|---|---|---|---|"]
+    for row in data["generations"]:
+        if row["contestant"] == "plain":
+            continue
+        flops = row["flops_skipped"]
+        cells = (
+            row["contestant"], f"{row['speedup']:.2f}x", "-" if flops is None else f"{flops:.0%}",
+            f"{row['drift']:.3f}", f"{row['psnr_db']:.1f}",
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draft_wide() -> str:
+    """A block as wide as Wan-1.3B's."""
+    data = read("draft_attention_cpu")
+    if data is None:
+        return f"The wide block: {NOT_MEASURED}."
+    lines = [
+        "| tokens | sparsity | model | attention | draft, selection, reorder of dense attention |",
+        "|---|---|---|---|---|",
+    ]
+    for size in data["wide"]:
+        for row in size["rows"]:
+            cells = (
+                f"{size['tokens']:,}", f"{row['sparsity']:g}", f"{row['speedup']:.2f}x",
+                f"{row['attention_speedup']:.2f}x",
+                f"{row['draft_select_reorder_of_dense'] * 100:.1f} %",
+            )  # fmt: skip
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
-    "lazy_step": lazy_step, "defaults": defaults, "gates": gates, "overhead": overhead
+    "lazy_step": lazy_step, "defaults": defaults, "gates": gates, "overhead": overhead,
+    "block_sparse": block_sparse, "draft_mass": draft_mass,
+    "draft_generations": draft_generations, "draft_wide": draft_wide,
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ The greatest of a row that would have none is kept as well: no row is empty.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -80,19 +81,23 @@ class Selection:
         return (kept / max(1, int((self.free | self.whole).sum()))).item()
 
     @cached_property
-    def _copies(self) -> dict[torch.device, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    def _copies(self) -> dict[tuple[str | float, torch.device], Tensor]:
         return {}
 
-    def _on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """``free``, ``first``, ``whole`` and what is none of them, copied to a device once."""
-        if device not in self._copies:
-            parts = self.free, self.first, self.whole, ~(self.free | self.whole)
-            self._copies[device] = tuple(t.to(device) for t in parts)  # type: ignore[assignment]
-        return self._copies[device]
+    def _on(self, device: torch.device, what: str | float, make: Callable[[], Tensor]) -> Tensor:
+        """What ``make`` gives, copied to a device once."""
+        if (what, device) not in self._copies:
+            self._copies[what, device] = make().to(device)
+        return self._copies[what, device]
 
     def unseen(self, device: torch.device) -> Tensor:
         """The blocks that cannot be seen."""
-        return self._on(device)[3]
+        return self._on(device, "unseen", lambda: ~(self.free | self.whole))
+
+    def _counts_on(self, device: torch.device, share: float | Tensor) -> Tensor:
+        if isinstance(share, Tensor):
+            return self._counts(share).to(device)
+        return self._on(device, share, lambda: self._counts(share))
 
     def _counts(self, share: float | Tensor) -> Tensor:
         """How many to keep ``[..., R]`` (``row``) or ``[..., 1]`` (``quantile``)."""
@@ -104,15 +109,18 @@ class Selection:
 
     def choose(self, scores: Tensor, share: float | Tensor) -> Tensor:
         """The mask ``[..., R, C]`` of ``scores``; ``share`` may be a tensor over leading axes."""
-        free, first, whole, _ = self._on(scores.device)
+        device = scores.device
+        free = self._on(device, "free", lambda: self.free)
+        first = self._on(device, "first", lambda: self.first)
+        whole = self._on(device, "whole", lambda: self.whole)
         ranked = scores.masked_fill(first, math.inf).masked_fill(~free, -math.inf)
         if self.rule == "mass":
             mask = _mass(ranked, scores.masked_fill(~free, 0.0), share)
         elif self.rule == "row":
-            mask = _greatest(ranked, self._counts(share).to(scores.device))
+            mask = _greatest(ranked, self._counts_on(device, share))
         else:
-            count = self._counts(share).to(scores.device)
-            mask = _greatest(ranked.flatten(-2), count.squeeze(-1)).view(scores.shape)
+            count = self._counts_on(device, share).squeeze(-1)
+            mask = _greatest(ranked.flatten(-2), count).view(scores.shape)
         mask = mask & free | whole
         best = ranked == ranked.amax(-1, keepdim=True)
         best &= best.cumsum(-1) == 1
