@@ -160,7 +160,7 @@ def draft_mass() -> str:
         return f"Mass kept on the trained model: {NOT_MEASURED}."
     mass = data["mass"]
     lines = [
-        f'Regions of {" x ".join(map(str, mass["pool"]))} tokens, `select="{mass["select"]}"`, density '
+        f"Regions of {' x '.join(map(str, mass['pool']))} tokens, select {mass['select']}, density "
         f"{mass['density']:g}, seeds {mass['seeds'][0]} to {mass['seeds'][1]}:\n",
         "| layer | random | draft | oracle | (draft - random) / (oracle - random) |",
         "|---|---|---|---|---|",

@@ -108,6 +108,6 @@ def test_the_wheel_holds_every_module_and_the_weights(tmp_path: Path) -> None:
     for top in ("accelerate_hooks", *MAPPED):
         prefix = "" if top == "accelerate_hooks" else "accelerate_hooks/"
         for path in (ROOT / top).rglob("*"):
-            if path.suffix in (".py", ".safetensors", ".typed"):
+            if path.suffix in (".py", ".c", ".safetensors", ".typed"):
                 assert prefix + path.relative_to(ROOT).as_posix() in held
     assert any(name.endswith("licenses/LICENSE") for name in held)

@@ -16,6 +16,7 @@ from accelerate_hooks import (
     ArtifactError,
     DraftAttention,
     Effect,
+    LazyStep,
     Policy,
     SpecError,
     UnsupportedModelError,
@@ -390,3 +391,16 @@ def test_it_says_which_kernel_it_lacks(monkeypatch):
         model(**inputs)
     assert any("without its fast kernel" in note for note in session.notes)
     assert draft_attention.FALLBACKS
+
+
+def test_lazy_steps_leave_out_sparse_attention():
+    """Whole steps are left out; the attention of the others is sparse."""
+    model, inputs = TINY["wan"].build(), TINY["wan"].inputs(1)
+    time = inputs.pop("timestep")
+    policies = [LazyStep(criterion="cadence", every=2, warmup=1, cooldown=0), few()]
+    with torch.no_grad(), enable(model, policies) as session:
+        for step in range(6):
+            model(**inputs, timestep=time * 0 + 1000 - step)
+        totals = session.report().to_dict()["totals"]
+    assert totals["skipped"] and totals["partly"]
+    assert 0 < totals["flops_saved"] < totals["flops_plain"]
