@@ -178,8 +178,6 @@ def draft_generations() -> str:
         return f"Generations of the trained model: {NOT_MEASURED}."
     lines = ["| | time | FLOPs left out | drift | PSNR, dB |", "|---|---|---|---|---|"]
     for row in data["generations"]:
-        if row["contestant"] == "plain":
-            continue
         flops = row["flops_skipped"]
         cells = (
             row["contestant"], f"{row['speedup']:.2f}x", "-" if flops is None else f"{flops:.0%}",
