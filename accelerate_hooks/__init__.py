@@ -30,7 +30,7 @@ from accelerate_hooks.site import Effect, Port, Site, TokenLayout
 from accelerate_hooks.spec import Addressed, parse
 
 if TYPE_CHECKING:
-    from accelerate_hooks.policies import DraftAttention, LazyStep
+    from accelerate_hooks.policies import DraftAttention, ExpertSkip, LazyStep
 
 __version__ = "0.1.0"
 
@@ -42,6 +42,7 @@ __all__ = [
     "Call",
     "DraftAttention",
     "Effect",
+    "ExpertSkip",
     "History",
     "InertWarning",
     "LazyStep",

@@ -163,6 +163,7 @@ class Call:
         rest: torch.Tensor | tuple[torch.Tensor, ...] | None = None,
         tokens: torch.Tensor | None = None,
         routing: tuple[torch.Tensor, torch.Tensor] | None = None,
+        spared: float = 0.0,
     ) -> Any:
         """Do the site's work, with other inputs if given.
 
@@ -171,7 +172,7 @@ class Call:
         context's), by default what adds nothing. ``tokens``: an index into the token axis: the site
         sees these tokens in this order, the output is back in the old order; tokens left out keep
         what adds nothing. ``routing``: (indices, weights) at experts; fewer columns are fewer
-        experts a token.
+        experts a token. ``spared``: how many operations these inputs leave out, for the report.
         """
         args, kwargs = self._args, self._kwargs
         if x is not None or context is not None or routing is not None:
@@ -179,7 +180,7 @@ class Call:
         if tokens is not None:
             return _tokens(self, args, kwargs, tokens)
         if rows is None:
-            return self._next(args, kwargs)
+            return self._next(args, kwargs, spared)
         chosen = rows.tolist() if isinstance(rows, torch.Tensor) else [bool(r) for r in rows]
         if isinstance(rows, torch.Tensor) and rows.device.type != "cpu":
             self._frame.count_read()
@@ -224,6 +225,24 @@ class Call:
         if frame.session.audit is not None:
             frame.session.audit.check(self, out)
         return out
+
+    def compute(self, work: Callable[[], Any]) -> Any:
+        """Do the site's work by other means: ``work()`` gives its output. Policies further inside
+        are not asked."""
+        return self._frame.compute(self, self._args, self._kwargs, work)
+
+    def known(self, make: Callable[[], T]) -> T:
+        """What the policy has found out about this site, once a session; nothing of a run."""
+        facts = self._frame.session.record(self.site).facts
+        if self._policy_index not in facts:
+            facts[self._policy_index] = make()
+        return facts[self._policy_index]
+
+    def plain(self) -> Any:
+        """What the site itself makes of its arguments, beside the visit: no policy inside is asked,
+        nothing is counted. Costs a visit."""
+        with self.beside():
+            return self._frame.plain(self._seam, self._args, self._kwargs)
 
     def attention(self, fn: Callable[[Attention], torch.Tensor]) -> Any:
         """Do the site's work with ``fn`` in the place of its scaled dot-product attention. Raises
@@ -371,9 +390,9 @@ class Call:
     def _replaced_arguments(self, args: Any, kwargs: Any, changes: dict[str, Any]) -> Any:
         return replace_arguments(self.site.port.parameters, args, kwargs, changes)
 
-    def _next(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _next(self, args: tuple[Any, ...], kwargs: dict[str, Any], spared: float = 0.0) -> Any:
         if len(self._policies) < 2:
-            return self._frame.compute(self, args, kwargs)
+            return self._frame.compute(self, args, kwargs, spared=spared)
         inside = self._policies[1:]
         inner = Call(self.site, self._frame, self._seam, args, kwargs, inside, self)
         return inside[0][1].around(inner)

@@ -173,18 +173,22 @@ class Frame:
         finally:
             PLAIN_INSIDE.reset(token)
 
-    def compute(self, call: Call, args: Any, kwargs: Any) -> Any:
-        """The original forward, watched."""
+    def compute(
+        self, call: Call, args: Any, kwargs: Any, work: Any = None, spared: float = 0.0
+    ) -> Any:
+        """The original forward, or ``work`` in its place, watched."""
         parent, self.parent = self.parent, call
         flops, uncounted, saved = self.flops, self.uncounted, self.saved_flops
         before = 0 if flops is None else flops.total
         around, self.spared = self.spared, 0.0
+        if spared:
+            self.spare(call._policy_index, spared, 0.0)
         x = call.x
         is_tensor = isinstance(x, torch.Tensor)
         events = _events() if is_tensor and x.is_cuda else None
         start = time.perf_counter()
         try:
-            out = call._seam.original(*args, **kwargs)
+            out = call._seam.original(*args, **kwargs) if work is None else work()
         finally:
             self.parent = parent
             spared, self.spared = self.spared, around

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from accelerate_hooks.kernels._dispatch import FALLBACKS, KernelError
 from accelerate_hooks.kernels.block_sparse import block_sparse_attention
+from accelerate_hooks.kernels.experts import skip_experts
 from accelerate_hooks.kernels.pooling import pool_tokens
 from accelerate_hooks.kernels.selection import Rule, Selection, attention_mass, select_blocks
 from accelerate_hooks.kernels.windows import tile_order, window_attention
@@ -17,6 +18,7 @@ __all__ = [
     "block_sparse_attention",
     "pool_tokens",
     "select_blocks",
+    "skip_experts",
     "tile_order",
     "window_attention",
 ]

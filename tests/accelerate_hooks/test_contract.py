@@ -13,9 +13,9 @@ from tiny_models import TINY
 from accelerate_hooks import available_policies, enable
 from accelerate_hooks.errors import UnsupportedModelError
 
-# One stream, joint text, cross-attention, video, lists of tensors, residual stages; and text.
+# One stream, joint text, cross-attention, video, lists of tensors, residual stages; text; experts.
 DIFFUSION = ("dit", "flux", "wan", "zimage", "unet")
-TEXT = ("llama", "bert", "t5")
+TEXT = ("llama", "bert", "t5", "mixtral", "qwen3_moe", "gpt_oss")
 POLICIES = available_policies()
 
 

@@ -1,0 +1,143 @@
+"""`skip_experts`: each path against the formula in float64."""
+
+import functools
+from typing import get_args
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from accelerate_hooks.kernels import KernelError, _native, experts, skip_experts
+
+BOUND = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+
+
+@st.composite
+def mixtures(draw, widths=(16, 32, 80), dtypes=tuple(BOUND)):
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    count, k = draw(st.integers(1, 5)), draw(st.integers(1, 4))
+    tokens = draw(st.sampled_from([0, 1, 2, 3, 7, 30]))
+    h, inner = draw(st.sampled_from(widths)), draw(st.sampled_from(widths))
+    act = draw(st.sampled_from(get_args(experts.Act)))
+    gated = draw(st.booleans()) or act == "clamped_swiglu"
+    transposed, biased = draw(st.booleans()), draw(st.booleans())
+    dtype = draw(st.sampled_from(dtypes))
+
+    def tensor(*shape, scale=1.0):
+        return (torch.randn(*shape, generator=generator) * scale).to(dtype)
+
+    features = inner * (2 if gated else 1)
+    up, down = tensor(count, features, h, scale=h**-0.5), tensor(count, h, inner, scale=0.2)
+    if transposed:
+        up, down = up.mT.contiguous(), down.mT.contiguous()
+    indices = torch.randint(0, count + draw(st.integers(0, 1)), (tokens, k), generator=generator)
+    weights = torch.rand(tokens, k, generator=generator)
+    weights *= torch.rand(tokens, k, generator=generator) < draw(st.sampled_from([0.0, 0.5, 1.0]))
+    biases = (tensor(count, features), tensor(count, h)) if biased else (None, None)
+    return (tensor(tokens, h), indices, weights, up, down, *biases, act, gated, transposed)
+
+
+def wide(given_):
+    return [t.double() if torch.is_tensor(t) and t.is_floating_point() else t for t in given_]
+
+
+def agree(got, given_):
+    wanted = experts.reference(*wide(given_))
+    assert got.dtype == given_[0].dtype and got.shape == given_[0].shape
+    assert (got.double() - wanted).norm() <= BOUND[got.dtype] * wanted.norm() + 1e-12
+
+
+def by_hand(hidden, indices, weights, up, down, a, b, act, gated, transposed):
+    """Dense: every expert for every token, weighed with a matrix of weights."""
+    up, down = (m.mT if transposed else m for m in (up, down))
+    x = torch.einsum("efh,th->tef", up, hidden)
+    x = x if a is None else x + a
+    y = torch.einsum("ehi,tei->teh", down, experts.activate(x, act, gated))
+    y = y if b is None else y + b
+    share = weights.new_zeros(len(hidden), len(up) + 1).scatter_add(1, indices, weights)[:, :-1]
+    return torch.einsum("te,teh->th", share, y)
+
+
+@given(mixtures())
+@settings(max_examples=50)
+def test_the_reference_is_the_formula(drawn):
+    exact = wide(drawn)
+    wanted = by_hand(*exact)
+    assert torch.allclose(experts.reference(*exact), wanted, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("few", [0, 1000], ids=["products", "streams"])
+@given(drawn=mixtures())
+def test_both_paths_agree(few, drawn):
+    kept, experts.FEW = experts.FEW, few
+    try:
+        agree(experts.grouped(*drawn), drawn)
+    finally:
+        experts.FEW = kept
+
+
+@given(mixtures(widths=(5, 24)))
+@settings(max_examples=30)
+def test_any_width_is_taken(drawn):
+    agree(experts.grouped(*drawn), drawn)
+
+
+def example(tokens=3, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    up, down = (torch.randn(s, generator=generator).to(dtype) for s in ((4, 64, 16), (4, 16, 32)))
+    hidden = torch.randn(tokens, 16, generator=generator).to(dtype)
+    indices = torch.randint(0, 4, (tokens, 2), generator=generator)
+    return hidden, indices, torch.rand(tokens, 2, generator=generator), up, down
+
+
+def test_skipped_slots_are_not_read():
+    hidden, indices, weights, up, down = example()
+    indices[:, 1] = 3
+    weights[:, 1] = 0.0
+    indices[:, 0] = torch.tensor([0, 1, 2])
+    up[3] = torch.nan
+    assert skip_experts(hidden, indices, weights, up, down).isfinite().all()
+
+
+def test_opcheck():
+    given_ = (*example(), None, None, "silu", True, False)
+    torch.library.opcheck(torch.ops.accelerate_hooks.skip_experts.default, given_)
+
+
+@pytest.mark.slow
+def test_compiles_as_one_graph():
+    hidden, indices, weights, up, down = example()
+
+    def twice(hidden):
+        return skip_experts(hidden * 2, indices, weights, up, down) * 2
+
+    compiled = torch.compile(twice, fullgraph=True)
+    torch.testing.assert_close(compiled(hidden), twice(hidden))
+
+
+def test_without_a_compiler_it_agrees(monkeypatch):
+    monkeypatch.setenv("CC", "no-such-compiler")
+    monkeypatch.setattr(_native, "_build", functools.cache(_native._build.__wrapped__))
+    given_ = (*example(), None, None, "silu", True, False)
+    agree(experts.grouped(*given_), given_)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"act": "tanh"}, "give one of silu"),
+        ({"weights": torch.ones(2, 2)}, "give \\[T, H\\]"),
+        ({"gated": False}, "do not fit together"),
+        ({"transposed": True}, "do not fit together"),
+        ({"down": torch.zeros(4, 16, 32).bfloat16()}, "one floating-point dtype"),
+        ({"indices": torch.zeros(3, 2)}, "give integers"),
+        ({"up_bias": torch.zeros(4, 63)}, "up_bias is"),
+        ({"hidden": torch.zeros(3, 16, requires_grad=True)}, "no backward"),
+    ],
+)
+def test_errors_name_the_cause_and_the_fix(change, words):
+    names = ("hidden", "indices", "weights", "up", "down")
+    given_ = dict(zip(names, example(), strict=True)) | change
+    with pytest.raises(KernelError, match=words):
+        skip_experts(**given_)

@@ -1,0 +1,214 @@
+"""ExpertSkip: rules against a slow oracle, on every family whose experts are modules."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_models import TINY
+
+from accelerate_hooks import ExpertSkip, SpecError, enable
+from accelerate_hooks.policies._experts import read_experts
+
+FAMILIES = (
+    "mixtral", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v3", "granitemoe", "qwen2_moe", "phimoe",
+    "deepseek_v2", "glm4_moe", "dots1", "hunyuan_moe", "ernie4_5_moe",
+)  # fmt: skip
+
+
+@st.composite
+def routers(draw):
+    tokens, k = draw(st.integers(1, 6)), draw(st.integers(1, 8))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    weights = (torch.randn(tokens, k, generator=generator) * draw(st.floats(0, 3))).softmax(-1)
+    return weights.sort(-1, descending=True).values
+
+
+def by_hand(policy, row):
+    """One token at a time, from the docstring."""
+    k, total = len(row), sum(row)
+    kept = 0
+    held = 0.0
+    for s, w in enumerate(row):
+        rules = [policy.top_k is None or s < policy.top_k]
+        rules.append(policy.ratio is None or w >= policy.ratio * row[0])
+        rules.append(policy.mass in (None, 1.0) or held / total < policy.mass)
+        rules.append(policy.floor is None or w >= policy.floor)
+        if not all(rules):
+            break
+        kept, held = s + 1, held + w
+    kept = max(kept, min(policy.min_experts, k))
+    bound = policy.max_dropped_mass
+    while bound is not None and kept < k and 1 - sum(row[:kept]) / total > bound + 1e-6:
+        kept += 1
+    return kept
+
+
+@given(routers(), st.data())
+def test_what_is_kept_is_what_the_rules_say(weights, data):
+    none = st.none()
+    policy = ExpertSkip(
+        top_k=data.draw(none | st.integers(1, 8)),
+        ratio=data.draw(none | st.sampled_from([0.0, 0.3, 0.7, 1.0])),
+        mass=data.draw(none | st.sampled_from([0.35, 0.8, 1.0])),
+        floor=data.draw(none | st.sampled_from([0.0, 0.1, 0.4])),
+        min_experts=data.draw(st.integers(1, 4)),
+        max_dropped_mass=data.draw(none | st.sampled_from([0.0, 0.15, 0.5])),
+    )
+    kept = policy.keep(weights, policy.top_k).sum(-1).tolist()
+    for got, row in zip(kept, weights.tolist(), strict=True):
+        wanted = {by_hand(policy, [w * (1 + e) for w in row]) for e in (0,)}
+        near = {by_hand(policy, row), *wanted}
+        assert got in near or _on_the_edge(policy, row, got)
+
+
+def _on_the_edge(policy, row, got):
+    """Sums in another order differ by a bit, where a rule's bound is met exactly."""
+    shifted = [
+        by_hand(ExpertSkip(**(policy.settings() | {name: value})), row)
+        for name in ("mass", "max_dropped_mass", "ratio")
+        if getattr(policy, name) is not None
+        for value in (
+            min(1.0, getattr(policy, name) * (1 + 1e-5)),
+            getattr(policy, name) * (1 - 1e-5),
+        )
+        if not (name == "mass" and value <= 0)
+    ]
+    return got in shifted
+
+
+@given(routers(), st.floats(0, 1))
+def test_no_token_loses_more_than_the_bound(weights, bound):
+    policy = ExpertSkip(ratio=0.9, max_dropped_mass=bound)
+    kept = policy.keep(weights, None)
+    lost = 1 - (weights * kept).sum(-1) / weights.sum(-1)
+    assert (lost <= bound + 1e-5).all()
+
+
+@given(routers())
+def test_rules_that_keep_all_keep_all(weights):
+    k = weights.shape[1]
+    for policy in (
+        ExpertSkip(ratio=0.0),
+        ExpertSkip(mass=1.0),
+        ExpertSkip(top_k=k),
+        ExpertSkip(floor=0.0),
+        ExpertSkip(ratio=1.0, max_dropped_mass=0.0),
+    ):
+        assert policy.keep(weights, policy.top_k).sum() >= (weights > 1e-6).sum()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_module_is_read_rightly(name):
+    model = TINY[name].build()
+    found = [m for n, m in model.named_modules() if n.endswith(".experts")]
+    assert found and all(read_experts(m) is not None for m in found)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [ExpertSkip(ratio=0.0), ExpertSkip(mass=1.0), ExpertSkip(top_k=64), ExpertSkip()],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "deepseek_v3"])
+def test_nothing_skipped_is_bit_exact(name, policy):
+    model, inputs = TINY[name].build(), TINY[name].inputs(2)
+    with torch.no_grad():
+        plain = model(**inputs).logits
+        with enable(model, policy) as session:
+            assert torch.equal(model(**inputs).logits, plain)
+            assert not any(session.skips.values())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("policy", [ExpertSkip(ratio=0.8), ExpertSkip(top_k=1)], ids=str)
+def test_it_agrees_with_weights_of_zero(name, policy):
+    """Slots that are left out, against the model's own experts with weights of zero there."""
+    model, inputs = TINY[name].build(), TINY[name].inputs(2)
+    sites = {n: m for n, m in model.named_modules() if n.endswith(".experts")}
+    seen = {}
+
+    def hook(path):
+        def look(module, args, kwargs, out):
+            given_ = list(args) + list(kwargs.values())
+            seen[path] = ([t.clone() for t in given_[:3]], out)
+
+        return look
+
+    with torch.no_grad(), enable(model, policy) as session:
+        model(**inputs)
+        assert sum(session.skips.values())
+        report = session.report().to_dict()
+    assert report["totals"]["partly"] and report["totals"]["flops_saved"]
+    handles = [m.register_forward_hook(hook(n), with_kwargs=True) for n, m in sites.items()]
+    with torch.no_grad():
+        model(**inputs)
+    for handle in handles:
+        handle.remove()
+    path, module = next(iter(sites.items()))
+    (hidden, indices, weights), _ = seen[path]
+    order = weights.float().argsort(-1, descending=True, stable=True)
+    ranked = weights.gather(1, order)
+    kept = policy.keep(ranked, policy.top_k)
+    total = ranked.sum(-1, keepdim=True)
+    some = ranked * kept
+    if (total.amax() - total.amin()) / total.amax() < 1e-2:
+        some = some * (total / some.sum(-1, keepdim=True))
+    with torch.no_grad():
+        wanted = module(hidden, indices.gather(1, order), some)
+        got = {}
+        probe = enable(model, policy)
+        handle = module.register_forward_hook(
+            lambda m, a, kw, out: got.setdefault("out", out), with_kwargs=True
+        )
+        model(**inputs)
+        handle.remove()
+        probe.disable()
+    assert (got["out"] - wanted).norm() <= 2e-5 * wanted.norm()
+
+
+def test_generation_with_a_cache_and_padding():
+    model, inputs = TINY["qwen3_moe"].build(), TINY["qwen3_moe"].inputs(2)
+    inputs = inputs | {"use_cache": True}
+    for policy in (ExpertSkip(mass=0.7), ExpertSkip(top_k=2)):
+        with torch.no_grad(), enable(model, policy) as session:
+            out = model.generate(**inputs, min_new_tokens=4, max_new_tokens=4, do_sample=False)
+            assert out.shape[1] == inputs["input_ids"].shape[1] + 4
+            actions = {v["step"]: v["action"] for v in session.report().steps}
+        assert set(actions.values()) == {"partly"} and len(actions) == 4
+
+
+def test_the_report_tells_the_dropped_mass():
+    model, inputs = TINY["qwen3_moe"].build(), TINY["qwen3_moe"].inputs(2)
+    with torch.no_grad(), enable(model, ExpertSkip(ratio=0.8, max_dropped_mass=0.4)) as session:
+        model(**inputs)
+        visits = [v for v in session.report().steps if v["action"] == "partly"]
+    assert visits
+    for visit in visits:
+        numbers = visit["numbers"]
+        assert 0 < numbers["dropped_mass"] <= numbers["dropped_most"] <= 0.4 + 1e-5
+        assert 1 <= numbers["experts"] < 4
+
+
+def test_a_number_a_layer():
+    model, inputs = TINY["qwen3_moe"].build(), TINY["qwen3_moe"].inputs(2)
+    with torch.no_grad(), enable(model, ExpertSkip(top_k=(4, 1))) as session:
+        model(**inputs)
+        actions = [v["action"] for v in session.report().steps]
+    assert actions[0] == "computed" and set(actions[1:]) == {"partly"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"top_k": 0}, "at least 1"),
+        ({"top_k": ()}, "one a layer"),
+        ({"ratio": 1.5}, "0 to 1"),
+        ({"mass": 0.0}, "0 < mass"),
+        ({"floor": -1.0}, "at least 0"),
+        ({"min_experts": 0}, "at least 1"),
+        ({"max_dropped_mass": 2.0}, "0 to 1"),
+    ],
+)
+def test_settings_are_checked(settings, words):
+    with pytest.raises(SpecError, match=words):
+        ExpertSkip(**settings)
