@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from accelerate_hooks._files import write_atomically
 from accelerate_hooks.attention import Attention
 from accelerate_hooks.call import Call
 from accelerate_hooks.enable import enable
@@ -22,9 +20,6 @@ from accelerate_hooks.kernels import attention_mass
 from accelerate_hooks.opaque import opaque_functions
 from accelerate_hooks.policy import Policy
 from accelerate_hooks.site import Effect, Kind, Site
-
-if TYPE_CHECKING:
-    from accelerate_hooks.policies.draft_attention import DraftAttention
 
 GRID = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 1.0)
 
@@ -72,7 +67,7 @@ class Probe(Policy):
         return call.attention(lambda a: self._look(call, a))
 
     def _look(self, call: Call, a: Attention) -> Tensor:
-        policy: DraftAttention = self.policy
+        policy = self.policy
         seen = policy.prepare(call, a)
         if seen is not None:
             plan, q, k, _, key_mask, scale = seen
@@ -92,7 +87,7 @@ class Probe(Policy):
 
 
 def measure(
-    policy: DraftAttention,
+    policy: Policy,
     model: Any,
     data: Sequence[Any],
     *,
@@ -146,9 +141,9 @@ def _save(path: Path, policy: Policy, curves: dict[str, Curve], calls: int) -> N
         "calls": calls,
         "curves": {name: vars(curve) for name, curve in curves.items()},
     }
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write_atomically(path, buffer.getvalue())
+    half = path.with_name(path.name + ".part")
+    torch.save(state, half)
+    half.replace(path)
 
 
 def allocate(curves: dict[str, Curve], target: float) -> tuple[dict[str, Tensor], dict[str, float]]:

@@ -181,13 +181,15 @@ class ExpertSkip(Policy):
 
     def _renormalised(self, call: Call, weights: Tensor, total: Tensor) -> Tensor:
         """Kept weights, with the sum that all had where the router normalises."""
-        known: dict[str, bool] = call.slot(dict, scope="site")
-        if "normalised" not in known:
-            spread = (total.amax() - total.amin()) / total.amax()
-            known["normalised"] = len(total) > 1 and call.read(spread.float())[0] < 1e-2
-        if not known["normalised"]:
-            return weights
-        return weights * (total / weights.sum(-1, keepdim=True))
+        seen: list[Tensor] = call.slot(list)  # least and greatest sum of this run, on the device
+        now = torch.stack((-total.amin(), total.amax())).float()
+        seen[:] = [torch.maximum(seen[0], now) if seen else now]
+        least, most = -seen[0][0], seen[0][1]
+        same = most - least < 1e-2 * most
+        if len(total) == 1 and call.step.index == 0:  # one token tells nothing; one sum is known
+            same = same & ((most - 1.0).abs() < 1e-2)
+        factor = total / weights.sum(-1, keepdim=True)
+        return weights * torch.where(same, factor, torch.ones_like(factor))
 
     def _narrowed(
         self, call: Call, indices: Tensor, weights: Tensor, experts: Experts | None, k: int

@@ -146,7 +146,7 @@ def test_it_agrees_with_weights_of_zero(name, policy):
         handle.remove()
     path, module = next(iter(sites.items()))
     (hidden, indices, weights), _ = seen[path]
-    order = weights.float().argsort(-1, descending=True, stable=True)
+    order = weights.float().argsort(dim=-1, descending=True, stable=True)
     ranked = weights.gather(1, order)
     kept = policy.keep(ranked, policy.top_k)
     total = ranked.sum(-1, keepdim=True)
