@@ -110,9 +110,12 @@ class Call:
     def depth(self) -> int:
         """How many sites of this kind at which this policy acts the model has before this one."""
         session, index = self._frame.session, self._policy_index
-        kin = [s for s in session.root(self._frame.root).sites if s.kind == self.site.kind]
-        mine = [s for s in kin if any(i == index for i, _ in session.policies_at(s))]
-        return mine.index(self.site)
+        facts = session.record(self.site).facts
+        if ("depth", index) not in facts:
+            kin = [s for s in session.root(self._frame.root).sites if s.kind == self.site.kind]
+            mine = [s for s in kin if any(i == index for i, _ in session.policies_at(s))]
+            facts["depth", index] = mine.index(self.site)
+        return facts["depth", index]
 
     def peers(self) -> list[Site]:
         """The sites of this kind and stack at which this policy acts, in order."""
@@ -234,9 +237,10 @@ class Call:
     def known(self, make: Callable[[], T]) -> T:
         """What the policy has found out about this site, once a session; nothing of a run."""
         facts = self._frame.session.record(self.site).facts
-        if self._policy_index not in facts:
-            facts[self._policy_index] = make()
-        return facts[self._policy_index]
+        key = ("known", self._policy_index)
+        if key not in facts:
+            facts[key] = make()
+        return facts[key]
 
     def plain(self) -> Any:
         """What the site itself makes of its arguments, beside the visit: no policy inside is asked,

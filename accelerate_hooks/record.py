@@ -38,7 +38,7 @@ class Record:
         self.reasons: dict[str, int] = {}
         self.form = Form()
         self.readings: dict[Any, Reading] = {}
-        self.facts: dict[int, Any] = {}  # what policies found out about the site
+        self.facts: dict[Any, Any] = {}  # what policies found out about the site
 
     def unskippable(self, call: Call, given: bool = True) -> str | None:
         """Why the site cannot be left out now (``given``: a value for x is there), or None."""

@@ -219,8 +219,7 @@ class DraftAttention(Policy):
         density = self._density(call, plan)
         if density is None:
             density = call.read(mask.float().mean())[0]
-        whole = a.flops * (0.5 if a.is_causal else 1.0)
-        call.spare(whole * (1.0 - density), whole * density)
+        call.spare(a.flops * (1.0 - density), a.flops * density)
         numbers = {"density": density, **clock.numbers}
         if call.audited():
             with call.beside():
