@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from accelerate_hooks.kernels._dispatch import FALLBACKS, KernelError
+from accelerate_hooks.kernels.acceptance import esap
 from accelerate_hooks.kernels.block_sparse import block_sparse_attention
 from accelerate_hooks.kernels.experts import skip_experts
 from accelerate_hooks.kernels.pooling import pool_tokens
@@ -16,6 +17,7 @@ __all__ = [
     "Selection",
     "attention_mass",
     "block_sparse_attention",
+    "esap",
     "pool_tokens",
     "select_blocks",
     "skip_experts",
