@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -39,6 +38,7 @@ class Selection:
     free: Tensor
     first: Tensor
     whole: Tensor
+    copies: dict[tuple[str | float, torch.device], Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(
@@ -64,7 +64,6 @@ class Selection:
         free = seen & ~whole
         return cls(rule, free, first & free, whole)
 
-    @cached_property
     def _known(self) -> tuple[Tensor, Tensor]:
         """Of each row, or of the map: how many blocks are free, and how many come first."""
         free, first = (t.double() for t in (self.free, self.first))
@@ -80,15 +79,11 @@ class Selection:
         kept = self._counts(share).sum() + self.whole.sum()
         return (kept / max(1, int((self.free | self.whole).sum()))).item()
 
-    @cached_property
-    def _copies(self) -> dict[tuple[str | float, torch.device], Tensor]:
-        return {}
-
     def _on(self, device: torch.device, what: str | float, make: Callable[[], Tensor]) -> Tensor:
         """What ``make`` gives, copied to a device once."""
-        if (what, device) not in self._copies:
-            self._copies[what, device] = make().to(device)
-        return self._copies[what, device]
+        if (what, device) not in self.copies:
+            self.copies[what, device] = make().to(device)
+        return self.copies[what, device]
 
     def unseen(self, device: torch.device) -> Tensor:
         """The blocks that cannot be seen."""
@@ -101,7 +96,7 @@ class Selection:
 
     def _counts(self, share: float | Tensor) -> Tensor:
         """How many to keep ``[..., R]`` (``row``) or ``[..., 1]`` (``quantile``)."""
-        free, first = self._known
+        free, first = self._known()
         if isinstance(share, Tensor):
             free, first, share = free.to(share.device), first.to(share.device), share.unsqueeze(-1)
         # a density such as 0.1 times 10 must not become 2 by its last bit

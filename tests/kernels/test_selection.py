@@ -12,6 +12,7 @@ from accelerate_hooks.kernels import (
     KernelError,
     Selection,
     attention_mass,
+    block_sparse_attention,
     pool_tokens,
     select_blocks,
 )
@@ -150,6 +151,19 @@ def test_mass_is_that_of_the_softmax(seed, tokens, block, causal):
         wanted = weights[:, :, r * block : (r + 1) * block, c * block : (c + 1) * block]
         wanted = wanted.sum(-1).mean(-1)
         assert torch.allclose(mass[:, :, r, c].double(), wanted, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_draft_compiles_as_one_graph():
+    q, k, v = torch.randn(3, 1, 2, 256, 32, generator=seeded(0)).unbind(0)
+
+    def sparse(q, k, v):
+        a, b = (pool_tokens(t, (16, 16), (4, 8)) for t in (q, k))
+        mask = select_blocks((a @ b.mT).softmax(-1), 0.5, rule="row", diagonal=True)
+        return block_sparse_attention(q, k, v, mask, block_size=32)
+
+    compiled = torch.compile(sparse, fullgraph=True)
+    torch.testing.assert_close(compiled(q, k, v), sparse(q, k, v))
 
 
 @pytest.mark.parametrize(
