@@ -48,7 +48,9 @@ class Random(DraftAttention):
 
     name: ClassVar[str] = "random_blocks"
 
-    def draft(self, call: Any, plan: Any, q: Tensor, k: Tensor, scale: float) -> Tensor:
+    def draft(
+        self, call: Any, plan: Any, q: Tensor, k: Tensor, scale: float, seen: Tensor | None
+    ) -> Tensor:
         shape = (q.shape[0], q.shape[1], plan.rows, plan.rows)
         return torch.rand(shape, generator=call.generator).to(q.device)
 
@@ -58,7 +60,9 @@ class Oracle(DraftAttention):
 
     name: ClassVar[str] = "oracle_blocks"
 
-    def draft(self, call: Any, plan: Any, q: Tensor, k: Tensor, scale: float) -> Tensor:
+    def draft(
+        self, call: Any, plan: Any, q: Tensor, k: Tensor, scale: float, seen: Tensor | None
+    ) -> Tensor:
         return attention_mass(q, k, plan.block, scale=scale)
 
 
@@ -92,7 +96,9 @@ class Watch(ah.Policy):
             mass = attention_mass(q, k, plan.block, scale=scale)
             row = self.found.setdefault(call.site.name, {})
             for name, policy in self.policies.items():
-                mask = plan.selection.choose(policy.draft(call, plan, q, k, scale), self.share)
+                mask = plan.selection.choose(
+                    policy.draft(call, plan, q, k, scale, None), self.share
+                )
                 row.setdefault(name, []).append((mass * mask).sum(-1).mean().item())
         return a.default()
 

@@ -33,7 +33,7 @@ typedef struct {
     const int32_t *counts;  /* [heads, rows] */
     const int32_t *indices; /* [heads, rows, columns] */
     const int32_t *kv_head; /* [heads] */
-    const float *bias;      /* [batch, columns * block_k], added to scores; or NULL */
+    const float *bias;      /* [batch, columns * block_k], -inf: a key nobody sees; or NULL */
     float *out;             /* [heads, rows * block_q, d] */
     float *lse;             /* [heads, rows * block_q], or NULL */
     int64_t heads, rows, columns, block_q, block_k, d; /* block_k and d: multiples of 16 */
@@ -152,7 +152,8 @@ static void attend(const Problem *t, int64_t job, float *scores, float *acc, flo
             float *mine = scores + i * bk;
             if (bias)
                 for (int64_t j = 0; j < bk; j += LANES)
-                    store(mine + j, load(mine + j) + load(bias + j0 + j));
+                    store(mine + j, choose(load(bias + j0 + j) < 0.0f, fill(-INFINITY),
+                                           load(mine + j))); /* not a sum: NaN stays hidden */
             if (edge) {
                 int64_t seen = t->m - j0;
                 if (t->causal && row * bq + i + 1 - j0 < seen) seen = row * bq + i + 1 - j0;

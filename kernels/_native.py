@@ -7,6 +7,8 @@ flags and CPU. Without a compiler an op says why and takes its PyTorch path.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -44,19 +46,21 @@ def _build(name: str) -> ctypes.CDLL | str:
     if compiler is None:
         return "no C compiler (set CC, or install gcc or clang)"
     source = Path(__file__).with_name(f"{name}.c")
-    command = [*shlex.split(compiler), *FLAGS]
     try:
+        command = [*shlex.split(compiler), *FLAGS]
         path = _cache() / f"{name.lstrip('_')}-{_key(source, command)}.so"
-        if not path.exists():
-            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-                made = Path(folder) / path.name
-                done = subprocess.run(
-                    [*command, str(source), "-o", str(made), "-lm"],
-                    capture_output=True, text=True, timeout=120,
-                )  # fmt: skip
-                if done.returncode:
-                    return f"{compiler} fails on {source.name}: {done.stderr.strip()[:300]}"
-                made.replace(path)  # whole or not at all, whoever else builds it now
+        if path.exists():
+            with contextlib.suppress(OSError):  # damaged: build it again
+                return ctypes.CDLL(str(path))
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            made = Path(folder) / path.name
+            done = subprocess.run(
+                [*command, str(source), "-o", str(made), "-lm"],
+                capture_output=True, text=True, timeout=120,
+            )  # fmt: skip
+            if done.returncode:
+                return f"{compiler} fails on {source.name}: {done.stderr.strip()[:300]}"
+            made.replace(path)  # whole or not at all, whoever else builds it now
         return ctypes.CDLL(str(path))
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         return f"{compiler} cannot build {source.name}: {error}"
@@ -89,7 +93,9 @@ def _cache() -> Path:
             return folder
     except (OSError, RuntimeError):
         pass
-    return Path(tempfile.mkdtemp(prefix="accelerate_hooks-"))
+    made = tempfile.mkdtemp(prefix="accelerate_hooks-")  # for this process alone
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
+    return Path(made)
 
 
 def on_every_thread(function: ctypes._CFuncPtr, argument: ctypes.Structure) -> None:

@@ -69,7 +69,12 @@ def block_sparse_attention(
     Returns ``[B, Hq, N, D]``, and with ``return_lse`` the log of the sum of exponentials
     ``[B, Hq, N]`` in float32. There is no backward: call it under ``torch.no_grad()``.
     """
-    bq, bk = (block_size, block_size) if isinstance(block_size, int) else block_size
+    sizes = (block_size, block_size) if isinstance(block_size, int) else block_size
+    require(
+        isinstance(sizes, tuple) and len(sizes) == 2 and all(type(b) is int for b in sizes),
+        f"block_size={block_size!r}; give an integer, or (queries, keys)",
+    )
+    bq, bk = sizes
     _check(q, k, v, bq, bk, enable_gqa)
     rows, columns = math.ceil(q.shape[2] / bq), math.ceil(k.shape[2] / bk)
     if isinstance(block_mask, Tensor):
@@ -80,9 +85,17 @@ def block_sparse_attention(
         _check_mask(tuple(block_mask.shape), (*q.shape[:2], rows, columns), "block_mask")
         counts, indices = to_indices(block_mask)
     else:
+        require(
+            isinstance(block_mask, tuple) and len(block_mask) == 2,
+            f"block_mask is {type(block_mask).__name__}; give a bool tensor, or (counts, indices)",
+        )
         counts, indices = block_mask
         _check_mask(tuple(counts.shape), (*q.shape[:2], rows), "counts")
         _check_mask(tuple(indices.shape), (*counts.shape, columns), "indices")
+        for name, t in (("counts", counts), ("indices", indices)):
+            whole = not t.is_floating_point() and t.dtype != torch.bool
+            require(whole, f"{name} are {t.dtype}; give integers")
+        counts, indices = counts.int(), indices.int()
     if key_mask is not None:
         require(
             key_mask.dtype == torch.bool
@@ -141,6 +154,10 @@ def _op(
     key_mask: Tensor | None, block_q: int, block_k: int, is_causal: bool, scale: float,
     with_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if q.shape[0] * q.shape[1] * q.shape[2] == 0:
+        return q.new_empty(q.shape), q.new_empty(_lse_shape(q, with_lse), dtype=torch.float32)
+    if q.device.type == "cpu":
+        _check_indices(counts, indices)
     given = (q, k, v, counts, indices, key_mask, block_q, block_k, is_causal, scale)
     if use_triton("block_sparse_attention", q.device, _unfit(q, block_q, block_k)):
         from accelerate_hooks.kernels._block_sparse_triton import launch
@@ -190,8 +207,9 @@ def compiled(
     (batch, heads, n, d), (kv_heads, m) = q.shape, k.shape[1:3]
     rows, columns = math.ceil(n / block_q), math.ceil(m / block_k)
     width = math.ceil(d / 16) * 16
-    out = torch.empty(batch, heads, rows * block_q, width)
-    lse = torch.empty(batch, heads, rows * block_q if with_lse else 0)
+    # float32 by name: the default dtype is the user's
+    out = torch.empty(batch, heads, rows * block_q, width, dtype=torch.float32)
+    lse = torch.empty(batch, heads, rows * block_q if with_lse else 0, dtype=torch.float32)
     head = torch.arange(batch * heads)
     kv_head = head // heads * kv_heads + head % heads // (heads // kv_heads)
     given = {
@@ -205,7 +223,7 @@ def compiled(
         "kv_head": kv_head.int(),
     }
     if key_mask is not None:
-        bias = torch.zeros(batch, columns * block_k)
+        bias = torch.zeros(batch, columns * block_k, dtype=torch.float32)
         bias[:, :m].masked_fill_(~key_mask, -math.inf)
         given["bias"] = bias
     pointers = {name: t.data_ptr() for name, t in given.items()}
@@ -355,6 +373,17 @@ def _check(q: Tensor, k: Tensor, v: Tensor, bq: int, bk: int, gqa: bool) -> None
     require(
         not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)),
         "block_sparse_attention has no backward; call it under torch.no_grad()",
+    )
+
+
+def _check_indices(counts: Tensor, indices: Tensor) -> None:
+    """Memory is read by them. On an accelerator, where this would wait for it, they are trusted."""
+    columns = indices.shape[-1]
+    chosen = torch.arange(columns) < counts.unsqueeze(-1)
+    wrong = chosen & ((indices < 0) | (indices >= columns))
+    require(
+        bool(((counts >= 0) & (counts <= columns)).all()) and not bool(wrong.any()),
+        f"counts or indices point outside the {columns} blocks of keys",
     )
 
 

@@ -169,7 +169,7 @@ class _Problem(ctypes.Structure):
 def _stream(x: Tensor, weight: Tensor, touched: Tensor, counts: Tensor, transposed: bool) -> Tensor:
     """``y[slot] = W_e x[slot]`` for the slots of each touched expert, float32."""
     outputs, inputs = weight.shape[2 if transposed else 1], weight.shape[1 if transposed else 2]
-    y = torch.empty(len(x), outputs)
+    y = torch.empty(len(x), outputs, dtype=torch.float32)
     x = x.contiguous()
     start = F.pad(counts.cumsum(0), (1, 0)).int()
     expert = touched.int()

@@ -23,6 +23,10 @@ def pool_tokens(x: Tensor, grid: tuple[int, ...], region: tuple[int, ...]) -> Te
     two or three axes. Returns ``[..., prod(ceil(grid / region)), D]`` in raster order of the
     regions and the dtype of ``x``; sums are in float32 (float64 for float64)."""
     require(
+        isinstance(grid, tuple) and isinstance(region, tuple),
+        f"grid={grid!r}, region={region!r}: give tuples",
+    )
+    require(
         1 <= len(grid) == len(region) <= 3,
         f"grid={grid}, region={region}: give as many axes for both, one to three",
     )

@@ -143,7 +143,10 @@ def select_blocks(
     ``dense_columns`` ``[C]`` are bools on the host of rows and columns to keep whole (text),
     ``visible`` ``[R, C]`` of blocks that may be kept at all (causal).
     """
-    require(scores.ndim >= 2, f"scores are {tuple(scores.shape)}; give [..., rows, columns]")
+    require(
+        scores.ndim >= 2 and scores.is_floating_point(),
+        f"scores are {scores.dtype} {tuple(scores.shape)}; give floats [..., rows, columns]",
+    )
     if not isinstance(share, Tensor):
         require(0.0 <= share <= 1.0, f"share={share!r} is out of range; give 0 to 1")
     rows, columns = scores.shape[-2:]
@@ -187,7 +190,7 @@ def attention_mass(
             scores = scores.masked_fill(hidden, -math.inf)
         if key_mask is not None:
             scores = scores.masked_fill(~key_mask[:, None, None], -math.inf)
-        shares = scores.softmax(-1).mean(2)
+        shares = scores.softmax(-1).nan_to_num(0.0).mean(2)  # nothing seen: no mass
         shares = torch.nn.functional.pad(shares, (0, columns * block - m))
         parts.append(shares.unflatten(-1, (columns, block)).sum(-1))
     return torch.stack(parts, 2) if parts else q.new_zeros((batch, heads, 0, columns)).float()

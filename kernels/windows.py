@@ -53,6 +53,7 @@ def window_attention(
         q.ndim == 4 and q.shape[2] == k.shape[2] == math.prod(grid),
         f"q {tuple(q.shape)}, k {tuple(k.shape)}: give the {math.prod(grid)} tokens of grid={grid}",
     )
+    require(all(size > 0 for size in grid), f"grid={grid}: give sizes of 1 or more")
     require(not is_causal or len(grid) == 1, f"is_causal needs one axis, and grid={grid}")
     order = tile_order(grid, tile)
     near = window_blocks(grid, tile, window).to(q.device)

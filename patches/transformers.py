@@ -156,6 +156,11 @@ def _unregister(registry: Any, key: str) -> None:
     del registry[key]
 
 
+_KNOWN = ("position_ids", "cache_position", "dropout")
+"""Tensors among an attention's keywords that change nothing of its arithmetic; others (T5's
+position bias) do."""
+
+
 class KeyContext:
     """While entered, attention of this thread that goes through our key goes to ``fn``."""
 
@@ -201,6 +206,11 @@ def _dispatch(
             ("softcap", "softcap"),
         )
         if kwargs.get(given) is not None
+    }
+    extra |= {
+        name: value
+        for name, value in kwargs.items()
+        if isinstance(value, torch.Tensor) and name not in (*_KNOWN, "s_aux")
     }
     context.calls += 1
     out = context.fn(

@@ -71,7 +71,7 @@ class Probe(Policy):
         seen = policy.prepare(call, a)
         if seen is not None:
             plan, q, k, _, key_mask, scale = seen
-            draft = policy.draft(call, plan, q, k, scale)
+            draft = policy.draft(call, plan, q, k, scale, key_mask)
             mass = attention_mass(
                 q, k, plan.block, scale=scale, is_causal=a.is_causal, key_mask=key_mask
             )

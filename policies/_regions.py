@@ -64,12 +64,24 @@ class Plan:
     def restore(self, t: Tensor) -> Tensor:
         return t if self.back is None else t.index_select(2, self.back)
 
-    def draft(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
-        """The attention map of blocks ``[B, Hq, R, R]``, float32."""
-        pooled = [pool_tokens(t, (self.tokens,), (self.block,)).float() for t in (q, k)]
-        keys = pooled[1].repeat_interleave(q.shape[1] // k.shape[1], 1)
-        scores = pooled[0] @ keys.transpose(-1, -2) * scale + self.sizes.log()
-        return scores.masked_fill(self.selection.unseen(q.device), -math.inf).softmax(-1)
+    def draft(self, q: Tensor, k: Tensor, scale: float, seen: Tensor | None = None) -> Tensor:
+        """The attention map of blocks ``[B, Hq, R, R]``, float32; keys that nobody sees (``seen``
+        False) are in no mean."""
+        counts = self.sizes.float()
+        if seen is not None:
+            shares = self._pooled(seen[:, None, :, None].float())
+            k = k * seen[:, None, :, None]
+            counts = counts * shares.squeeze(-1).unsqueeze(2)
+        queries, keys = (self._pooled(t).float() for t in (q, k))
+        if seen is not None:
+            keys = keys / shares.clamp(min=1e-6)
+        keys = keys.repeat_interleave(q.shape[1] // k.shape[1], 1)
+        scores = queries @ keys.transpose(-1, -2) * scale + counts.log()
+        scores = scores.masked_fill(self.selection.unseen(q.device), -math.inf)
+        return scores.softmax(-1).nan_to_num(0.0)
+
+    def _pooled(self, t: Tensor) -> Tensor:
+        return pool_tokens(t, (self.tokens,), (self.block,))
 
 
 def region_of(pool: tuple[int, ...] | None, layout: TokenLayout) -> tuple[int, int, int]:

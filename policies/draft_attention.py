@@ -201,7 +201,8 @@ class DraftAttention(Policy):
             return a.default()
         plan, q, k, v, seen, scale = prepared
         clock.lap("reorder_ms")
-        draft = self.draft(call, plan, q, k, scale)
+        with call.beside():
+            draft = self.draft(call, plan, q, k, scale, seen)
         clock.lap("draft_ms")
         share = self._share(call, a)
         mask = plan.selection.choose(draft, share)
@@ -219,7 +220,8 @@ class DraftAttention(Policy):
         density = self._density(call, plan)
         if density is None:
             density = call.read(mask.float().mean())[0]
-        call.spare(a.flops * (1.0 - density), a.flops * density)
+        extra = 2.0 * draft.numel() * q.shape[-1]  # the draft's own product is work, too
+        call.spare(a.flops * (1.0 - density) - extra, a.flops * density + extra)
         numbers = {"density": density, **clock.numbers}
         if call.audited():
             with call.beside():
@@ -246,14 +248,17 @@ class DraftAttention(Policy):
         if plan.rows < 2:
             call.note(f"a single block of {plan.block} tokens")
             return None
-        q, k, v = (plan.reorder(t) for t in (a.q, a.k, a.v))
+        q, k, v = (plan.reorder(t) for t in _cast(a.q, a.k, a.v))
         seen = None if seen is None else plan.reorder(seen, 1)
         return plan, q, k, v, seen, 1.0 / math.sqrt(a.q.shape[-1]) if a.scale is None else a.scale
 
-    def draft(self, call: Call, plan: Plan, q: Tensor, k: Tensor, scale: float) -> Tensor:
-        """Scores ``[B, heads, R, R]`` of the blocks of reordered ``q`` and ``k``: the greatest are
-        computed. A subclass may rank them by something else."""
-        return plan.draft(q, k, scale)
+    def draft(
+        self, call: Call, plan: Plan, q: Tensor, k: Tensor, scale: float, seen: Tensor | None
+    ) -> Tensor:
+        """Scores ``[B, heads, R, R]`` of the blocks of reordered ``q`` and ``k`` (``seen``
+        ``[B, N]`` is False at padding): the greatest are computed. A subclass may rank them
+        otherwise."""
+        return plan.draft(q, k, scale, seen)
 
     def _share(self, call: Call, a: Attention) -> float | Tensor:
         if isinstance(self.heads, Artifact):
@@ -292,10 +297,11 @@ class DraftAttention(Policy):
         """Order and selection for the tokens at hand: made once a run and resolution."""
         tokens, device = a.q.shape[2], a.q.device
         plans: dict[Any, Plan] = call.slot(dict, scope="run")
-        key = (tokens, device, a.is_causal)
+        layout = self._layout(call, a)
+        key = (repr(layout), tokens, device, a.is_causal)
         if key not in plans:
             plans[key] = Plan.of(
-                self._layout(call, a), tokens, device, pool=self.pool, rule=self.select,
+                layout, tokens, device, pool=self.pool, rule=self.select,
                 sinks=self.sinks, causal=a.is_causal,
             )  # fmt: skip
         return plans[key]
@@ -308,7 +314,10 @@ class DraftAttention(Policy):
             more = tokens - math.prod(grid)
             text = {"none": None, "first": slice(0, more), "last": slice(tokens - more, tokens)}
             layout = TokenLayout(*grid, text[self.text])
-        found = None if layout is None else layout.at(tokens)
+            fits = more >= 0 if self.text != "none" else more == 0 or math.prod(grid[:2]) > 1
+            found = layout.at(tokens) if fits else None
+        else:
+            found = None if layout is None else layout.at(tokens)
         if found is None:
             says = "no layout" if layout is None else f"{layout.grid}, text {layout.text}"
             raise UnsupportedModelError(
@@ -316,6 +325,14 @@ class DraftAttention(Policy):
                 "give grid=(frames, height, width) and text=, or leave this site out with only="
             )
         return found
+
+
+def _cast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """In the dtype that autocast would give them, as PyTorch's own attention does."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(t.to(torch.get_autocast_dtype(device)) for t in tensors)
 
 
 def _key_mask(a: Attention) -> tuple[Tensor | None, str | None]:
@@ -327,7 +344,7 @@ def _key_mask(a: Attention) -> tuple[Tensor | None, str | None]:
         return None, "an attention mask that is added to the scores"
     mask = mask[(None,) * (4 - mask.ndim)]
     if any(mask.shape[axis] > 1 and mask.stride(axis) for axis in (1, 2)):
-        return None, "an attention mask that is not the same for all queries"
+        return None, "an attention mask [queries, keys]"
     return mask[:, 0, 0], None
 
 

@@ -186,6 +186,21 @@ def test_other_vectors_agree(flag, compiler, monkeypatch):
     agree(block_sparse.compiled(*p.with_lse()), wide(p), q.dtype)
 
 
+def test_a_damaged_library_is_built_again(monkeypatch, tmp_path, compiler):
+    build = _native._build.__wrapped__
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "one"))
+    assert not isinstance(build("_experts"), str)
+    (made,) = (tmp_path / "one" / "accelerate_hooks").glob("*.so")
+    damaged = tmp_path / "two" / "accelerate_hooks" / made.name
+    damaged.parent.mkdir(parents=True)
+    damaged.write_bytes(b"")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "two"))
+    assert not isinstance(build("_experts"), str)
+    assert damaged.stat().st_size == made.stat().st_size
+    monkeypatch.setenv("CC", 'gcc "')
+    assert "No closing quotation" in build("_experts")
+
+
 def test_without_a_compiler_the_reason_is_counted(monkeypatch):
     monkeypatch.setenv("CC", "no-such-compiler")
     monkeypatch.setattr(_native, "_build", functools.cache(_native._build.__wrapped__))
@@ -266,6 +281,51 @@ def test_indices_in_the_place_of_a_mask():
         assert torch.equal(a, b)
 
 
+def test_indices_of_any_integer_and_none_outside():
+    q, k, v = qkv()
+    mask = torch.rand(2, 3, 3, 3, generator=torch.Generator().manual_seed(1)) < 0.6
+    counts, indices = block_sparse.to_indices(mask)
+    wanted = block_sparse_attention(q, k, v, mask)
+    got = block_sparse_attention(q, k, v, (counts.long(), indices.long()))
+    assert torch.equal(got, wanted)
+    full = block_sparse.to_indices(torch.ones_like(mask))
+    for wrong in ((full[0], full[1] + 1), (full[0], full[1] - 1), (full[0] + 1, full[1])):
+        with pytest.raises(KernelError, match="outside the 3 blocks"):
+            block_sparse_attention(q, k, v, wrong)
+    with pytest.raises(KernelError, match="give integers"):
+        block_sparse_attention(q, k, v, (counts.float(), indices))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_is_the_users(dtype):
+    q, k, v = qkv()
+    mask = torch.ones(1, 1, 3, 3, dtype=torch.bool)
+    kept = torch.arange(300).expand(2, -1) < 250
+    wanted = block_sparse_attention(q, k, v, mask, key_mask=kept, return_lse=True)
+    torch.set_default_dtype(dtype)
+    try:
+        got = block_sparse_attention(q, k, v, mask, key_mask=kept, return_lse=True)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+@pytest.mark.parametrize("path", ["compiled", "gathered", "reference"])
+def test_a_hidden_key_may_be_nan(path, compiler):
+    q, k, v = qkv(n=64)
+    k[:, :, 40:] = math.nan
+    kept = torch.arange(64).expand(2, -1) < 40
+    mask = torch.ones(2, 3, 2, 2, dtype=torch.bool)
+    p = Problem(q, k, v, mask, (32, 32), False, 0.2, kept)
+    out, _ = getattr(block_sparse, path)(*p.with_lse())
+    assert out.isfinite().all()
+
+
+def test_no_heads_are_no_work():
+    q = torch.zeros(1, 0, 8, 4)
+    assert block_sparse_attention(q, q, q, torch.ones(1, 1, 1, 1).bool()).shape == q.shape
+
+
 def test_opcheck():
     q, k, v = qkv(n=70)
     counts, indices = block_sparse.to_indices(torch.ones(1, 1, 3, 3, dtype=torch.bool))
@@ -297,6 +357,8 @@ def test_compiles_as_one_graph():
         ({"block_mask": torch.ones(1, 1, 3, 4, dtype=torch.bool)}, r"block_mask is \(1, 1, 3, 4\)"),
         ({"block_mask": torch.ones(1, 1, 3, 3)}, "give bools"),
         ({"block_size": 0}, "positive"),
+        ({"block_size": 16.0}, "give an integer"),
+        ({"block_mask": None}, "give a bool tensor"),
         ({"key_mask": torch.ones(2, 299).bool()}, r"bools \[2 or 1, 300\]"),
     ],
 )

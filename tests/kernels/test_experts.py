@@ -100,6 +100,18 @@ def test_skipped_slots_are_not_read():
     assert skip_experts(hidden, indices, weights, up, down).isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_is_the_users(dtype):
+    wanted = skip_experts(*example())
+    given_ = example()
+    torch.set_default_dtype(dtype)
+    try:
+        got = skip_experts(*given_)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(got, wanted)
+
+
 def test_opcheck():
     given_ = (*example(), None, None, "silu", True, False)
     torch.library.opcheck(torch.ops.accelerate_hooks.skip_experts.default, given_)

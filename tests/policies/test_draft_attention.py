@@ -147,7 +147,7 @@ class Slow(Policy):
         if prepared is None:
             return a.default()
         plan, q, k, _, seen, scale = prepared
-        mask = plan.selection.choose(self.like.draft(call, plan, q, k, scale), 0.5)
+        mask = plan.selection.choose(self.like.draft(call, plan, q, k, scale, seen), 0.5)
         tokens = q.shape[2]
         dense = mask.repeat_interleave(plan.block, 2).repeat_interleave(plan.block, 3)
         dense = dense[:, :, :tokens, :tokens]
@@ -163,7 +163,7 @@ class Slow(Policy):
         return got
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "llama", "bert", "t5"])
+@pytest.mark.parametrize("name", [*FAMILIES, "llama", "bert", "whisper"])
 def test_it_agrees_with_the_slow_oracle(name):
     model, inputs = TINY[name].build(), TINY[name].inputs(2)
     slow = Slow(like=few(sparsity=0.5, select="row"))
@@ -215,6 +215,68 @@ def test_layouts_are_those_of_the_tokens(name):
         first = next(a for a, found in zip(own, fitting, strict=True) if found is not None)
         assert (text.start == 0) == (where == "first")
         assert text.stop - text.start + first.layout.visual == first.q.shape[2]
+
+
+@pytest.mark.parametrize("name", ["t5", "umt5", "gpt_oss", "gemma2"])
+def test_what_it_cannot_keep_is_computed_in_full(name):
+    """A position bias, sinks, a soft cap: the plain answer, and the reason in the report."""
+    model, inputs = TINY[name].build(), TINY[name].inputs(2)
+    with torch.no_grad():
+        plain = model(**inputs)[0]
+        with enable(model, few()) as session:
+            assert torch.equal(model(**inputs)[0], plain)
+            assert session.report().to_dict()["never"]
+
+
+def test_autocast_casts_as_the_model_does():
+    model, inputs = TINY["llama"].build(), TINY["llama"].inputs(1)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        plain = model(**inputs)[0]
+        with enable(model, few(sparsity=1e-9)) as session:
+            got = model(**inputs)[0]
+            assert sum(session.skips.values())
+    assert (got - plain).norm() <= 3e-2 * plain.norm()
+
+
+def test_another_grid_of_as_many_tokens_has_a_plan_of_its_own():
+    model, inputs = TINY["wan"].build(), TINY["wan"].inputs(1)
+    wide, tall = (torch.randn(1, 4, 6, *size) for size in ((8, 12), (12, 8)))
+    with torch.no_grad(), enable(model, few()) as session:
+        alone = model(**inputs | {"hidden_states": tall})[0]
+        session.reset()
+        with session.run():
+            model(**inputs | {"hidden_states": wide})
+            together = model(**inputs | {"hidden_states": tall})[0]
+    assert torch.equal(together, alone)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("flux", {"grid": (40, 40), "text": "first"}),
+        ("wan", {"grid": (32,)}),
+        ("wan", {"grid": (1, 1, 1)}),
+    ],
+)
+def test_a_grid_that_cannot_be_true_is_refused(name, settings):
+    model, inputs = TINY[name].build(), TINY[name].inputs(1)
+    with (
+        torch.no_grad(),
+        enable(model, few(**settings)),
+        pytest.raises(UnsupportedModelError, match="where the layout is"),
+    ):
+        model(**inputs)
+
+
+def test_flops_of_the_plain_model_are_those_without_the_policy():
+    for name in ("llama", "wan", "flux"):
+        model, inputs = TINY[name].build(), TINY[name].inputs(1)
+        plain = []
+        for policy in (DraftAttention.exact(), few(sparsity=0.5)):
+            with torch.no_grad(), enable(model, policy) as session:
+                model(**inputs)
+                plain.append(session.report().to_dict()["totals"]["flops_plain"])
+        assert plain[0] == pytest.approx(plain[1], rel=1e-6)
 
 
 # -- settings --------------------------------------------------------------------------------------
