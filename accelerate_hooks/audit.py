@@ -49,10 +49,14 @@ class Audit:
         window, place = divmod(skipped - 1, self.every)
         return place == window % self.every
 
-    def check(self, call: Call, out: Any) -> None:
+    def check(self, call: Call, out: Any, alone: bool = True) -> None:
         """Compare a skipped output with what the site makes of the same arguments."""
         frame, site = call._frame, call.site
         if not self.due(frame.session.record(site).skipped):
+            return
+        if not alone:
+            why = "several blocks are left out together: none has an output of its own"
+            self.left_out[why] = self.left_out.get(why, 0) + 1
             return
         if any(is_cache(v) or (n in NAMES and v is not None) for n, v in call.arguments().items()):
             why = "a KV cache is among the arguments: computing again would write to it"

@@ -34,7 +34,7 @@ class Call:
     ``parent`` the call of the enclosing site that this policy, or another, was asked about.
     """
 
-    __slots__ = ("_args", "_frame", "_kwargs", "_policies", "_seam", "parent", "site")
+    __slots__ = ("_args", "_frame", "_kwargs", "_policies", "_seam", "_spared", "parent", "site")
 
     def __init__(
         self,
@@ -53,6 +53,7 @@ class Call:
         self._args = args
         self._kwargs = kwargs
         self._policies = policies  # the one that is asked, and those inside it
+        self._spared: list[tuple[int, float]] = []  # what policies outside leave out of the work
 
     # -- what is there -----------------------------------------------------------------------
 
@@ -198,6 +199,8 @@ class Call:
         self,
         x: torch.Tensor | None = None,
         context: torch.Tensor | None = None,
+        *,
+        alone: bool = True,
     ) -> Any:
         """Leave the site's work out. The output has the form of the last computed one, with ``x``
         and ``context`` in their places; without values, what adds nothing: the input where the
@@ -206,6 +209,8 @@ class Call:
         Keys and values that the site would have written to a KV cache are written. Where the form
         is not known yet the site is computed beside, once. Where no output can be made (the whole
         model was never computed; nothing of x's shape comes out) the site is computed instead.
+        ``alone=False`` says that the output is not that of this site by itself (several are left
+        out together), so that an audit cannot compare it.
         """
         frame = self._frame
         record = frame.session.record(self.site)
@@ -226,13 +231,13 @@ class Call:
         out = record.fill(self, x, context, given)
         frame.skipped(self.site, self._policy_index)
         if frame.session.audit is not None:
-            frame.session.audit.check(self, out)
+            frame.session.audit.check(self, out, alone)
         return out
 
     def compute(self, work: Callable[[], Any]) -> Any:
         """Do the site's work by other means: ``work()`` gives its output. Policies further inside
         are not asked."""
-        return self._frame.compute(self, self._args, self._kwargs, work)
+        return self._frame.compute(self, self._args, self._kwargs, work, self._spared)
 
     def known(self, make: Callable[[], T]) -> T:
         """What the policy has found out about this site, once a session; nothing of a run."""
@@ -395,10 +400,12 @@ class Call:
         return replace_arguments(self.site.port.parameters, args, kwargs, changes)
 
     def _next(self, args: tuple[Any, ...], kwargs: dict[str, Any], spared: float = 0.0) -> Any:
+        mine = [*self._spared, (self._policy_index, spared)] if spared else self._spared
         if len(self._policies) < 2:
-            return self._frame.compute(self, args, kwargs, spared=spared)
+            return self._frame.compute(self, args, kwargs, spared=mine)
         inside = self._policies[1:]
         inner = Call(self.site, self._frame, self._seam, args, kwargs, inside, self)
+        inner._spared = mine
         return inside[0][1].around(inner)
 
     def _like(self) -> torch.Tensor:

@@ -8,7 +8,8 @@ from accelerate_hooks.errors import PolicyConflictError
 from accelerate_hooks.policy import Policy
 from accelerate_hooks.site import Effect, Site
 
-_RANK = {Effect.OBSERVE: 0, Effect.SKIP: 0, Effect.RESHAPE: 1, Effect.REPLACE: 2}
+_RANK = {Effect.SKIP: 0, Effect.RESHAPE: 1, Effect.REPLACE: 2}
+_ACTS = frozenset(_RANK)  # who only looks may stand anywhere
 
 
 def check(plan: dict[Site, list[tuple[int, Policy]]]) -> None:
@@ -22,8 +23,11 @@ def check(plan: dict[Site, list[tuple[int, Policy]]]) -> None:
             raise PolicyConflictError(
                 f"{names} both replace {site.name}; keep one, or give each its own sites with '@'"
             )
-        for (outer, a), (inner, b) in itertools.pairwise(acts):
-            if min((_RANK[e] for e in a), default=0) > min((_RANK[e] for e in b), default=0):
+        ranked = [
+            (p, min(_RANK[e] for e in acted)) for p, e_all in acts if (acted := e_all & _ACTS)
+        ]
+        for (outer, a), (inner, b) in itertools.pairwise(ranked):
+            if a > b:
                 raise PolicyConflictError(
                     f"at {site.name} {inner.name} skips what {outer.name} reshapes or replaces; "
                     f"list {inner.name} before {outer.name}"

@@ -53,6 +53,8 @@ def enable(
         raise SpecError("no policy was given; accelerate_hooks.available_policies() lists them")
     if only is not None and type(only) is not str:
         raise SpecError(f"only={only!r} is a {type(only).__name__}; give a glob on site paths")
+    if only == "":
+        raise SpecError("only='' matches no path; give a glob on site paths, or leave it out")
     if audit is not None and (type(audit) is not int or audit < 1):
         raise SpecError(f"audit={audit!r} is out of range; give an integer of at least 1, or None")
     models = _models(target)
@@ -206,7 +208,7 @@ def _plan(
         if count == 0:
             kinds = ", ".join(item.policy.kinds)
             names = ", ".join(type(root.model).__name__ for root in roots)
-            where = f" matching {item.only!r}" if item.only else ""
+            where = f" matching {item.only!r}" if item.only is not None else ""
             text = (
                 f"{item.policy.name} found no {kinds} site{where} in {names}; "
                 "`accelerate-hooks inspect` lists the sites there are"

@@ -107,16 +107,35 @@ class Frame:
     @property
     def layout(self) -> TokenLayout | None:
         """Of the tokens of this forward; asked once a run and shape (some read a tensor)."""
-        key = (self.root, *(tuple(t.shape) for _, t in tree.leaves(self.arguments)))
+        patch = self.session.patch(self.root)
+        key: list[Any] = [self.root]
+        for name, value in self.arguments.items():
+            if name in patch.timesteps:
+                continue
+            found = [t for _, t in tree.leaves(value)]
+            key += [name, *((tuple(t.shape), id(t), t._version) for t in found if t.ndim <= 2)]
+            key += [tuple(t.shape) for t in found if t.ndim > 2]
+            if not found:  # sizes of the grid
+                key.append(repr(value) if isinstance(value, (int, list, tuple)) else type(value))
         layouts = self.step.run.layouts
-        if key not in layouts:
-            rule = self.session.patch(self.root).layout_of(self.root)
-            layouts[key] = None if rule is None else rule(self.arguments)
-        return layouts[key]
+        if (known := tuple(key)) not in layouts:
+            rule = patch.layout_of(self.root)
+            layouts[known] = None if rule is None else rule(self.arguments)
+        return layouts[known]
 
     def count_read(self) -> None:
         self.session.host_reads += 1
         self.reads += 1
+
+    def forget(self) -> None:
+        """The forward is begun again: nothing of it has happened."""
+        self.pending.clear()
+        self.visits.clear()
+        self.cuts.clear()
+        self.left_out = self.saved_flops = self.uncounted = self.reads = 0
+        self.spared = 0.0
+        if self.flops is not None:
+            self.flops.total = 0
 
     def note(self, site: Site, reason: str, numbers: dict[str, float]) -> None:
         reasons = self.session.record(site).reasons
@@ -174,15 +193,15 @@ class Frame:
             PLAIN_INSIDE.reset(token)
 
     def compute(
-        self, call: Call, args: Any, kwargs: Any, work: Any = None, spared: float = 0.0
+        self, call: Call, args: Any, kwargs: Any, work: Any = None, spared: Any = ()
     ) -> Any:
         """The original forward, or ``work`` in its place, watched."""
         parent, self.parent = self.parent, call
         flops, uncounted, saved = self.flops, self.uncounted, self.saved_flops
         before = 0 if flops is None else flops.total
         around, self.spared = self.spared, 0.0
-        if spared:
-            self.spare(call._policy_index, spared, 0.0)
+        for policy, operations in spared:
+            self.spare(policy, operations, 0.0)
         x = call.x
         is_tensor = isinstance(x, torch.Tensor)
         events = _events() if is_tensor and x.is_cuda else None

@@ -37,10 +37,14 @@ def step_of(root: Root, schedules: Schedules, arguments: dict[str, Any]) -> Step
     )
     moment = None if clock is None else clock.value
     known = schedule if schedule is not None and schedule.run is run else None
+    if known is None and schedule is not None and run is schedules.explicit.get():
+        # a pipeline inside a declared run: its scheduler was set after that began
+        inside = not schedule.run.ended and schedule.run.number > run.number
+        known = schedule if inside else None
     return Step(
         run,
         index,
-        run.total,
+        known.left() if run.total is None and known is not None else run.total,
         "denoise",
         f"{root.name} {branch}" if root.name else branch,
         signal,

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from accelerate_hooks.call import Call
 
 _READINGS = 32
+_COUNTERS = (
+    "computed", "skipped", "partly", "rows_left_out", "saved_flops", "uncounted", "seconds", "timed",
+    "_rough",
+)  # fmt: skip
 
 
 class Record:
@@ -39,6 +43,14 @@ class Record:
         self.form = Form()
         self.readings: dict[Any, Reading] = {}
         self.facts: dict[Any, Any] = {}  # what policies found out about the site
+
+    def counters(self) -> dict[str, Any]:
+        """What counts visits, to be restored where a forward is begun again."""
+        return {name: getattr(self, name) for name in _COUNTERS} | {"reasons": dict(self.reasons)}
+
+    def restore(self, counters: dict[str, Any] | None) -> None:
+        for name, value in (counters or Record(self.site).counters()).items():
+            setattr(self, name, dict(value) if name == "reasons" else value)
 
     def unskippable(self, call: Call, given: bool = True) -> str | None:
         """Why the site cannot be left out now (``given``: a value for x is there), or None."""

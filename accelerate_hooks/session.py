@@ -282,8 +282,10 @@ class Session:
                 if frame.uncounted == 0 or root.tries > _COUNTED_IN_PART:
                     root.counted.add(shape)
         except BaseException:
+            frame.account()
             step.run.broken = True
             step.run.clear()
+            self.tally.forward(frame, root.name, None)  # nobody knows how much of it was computed
             raise
         finally:
             FRAME.reset(token)
@@ -297,7 +299,7 @@ class Session:
         site = root.site
         if frame.watch is None:
             return self._dispatch(frame, seam, site, args, kwargs)
-        state = torch.get_rng_state()
+        state, before = torch.get_rng_state(), self._counters(frame)
         try:
             return self._dispatch(frame, seam, site, args, kwargs)
         except flow.Unsure:
@@ -307,15 +309,26 @@ class Session:
                     "input; run one forward without a KV cache first, or give the family a patch"
                 ) from None
         frame.watch, frame.plainly = root.flow.watch(), True
-        self._rewind(frame, state)
+        self._rewind(frame, state, before)
         seam.original(*args, **kwargs)
         root.flow.settle(self, root, frame.watch or flow.Watch())
         frame.watch, frame.plainly = None, False
-        self._rewind(frame, state)
+        self._rewind(frame, state, before)
         return self._dispatch(frame, seam, site, args, kwargs)
 
-    def _rewind(self, frame: Frame, state: torch.Tensor) -> None:
-        frame.visits.clear()
+    def _counters(self, frame: Frame) -> Any:
+        """What a forward that is begun again must not have counted."""
+        records = {site: record.counters() for site, record in self._records.items()}
+        return records, dict(self.skips), len(self.trace), self.host_reads
+
+    def _rewind(self, frame: Frame, state: torch.Tensor, before: Any) -> None:
+        records, skips, entries, reads = before
+        frame.forget()
+        for site, record in self._records.items():
+            record.restore(records.get(site))
+        self.skips = dict(skips)
+        self.trace.cut(entries)
+        self.host_reads = reads
         frame.step.run.clear()
         torch.set_rng_state(state)
 

@@ -36,6 +36,11 @@ class Trace:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def cut(self, length: int) -> None:
+        """Forget what came after the first ``length`` entries (a full ring is left as it is)."""
+        while length < len(self._entries) < self.capacity:
+            self._entries.pop()
+
     def of(self, run: int) -> list[Entry]:
         return [entry for entry in self if entry.run == run]
 

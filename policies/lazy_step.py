@@ -305,9 +305,11 @@ class LazyStep(Policy):
         last = call.site.index == state.last
         if self._can_predict(call, pace, state.history):
             if not last:
-                return call.skip()
+                return call.skip(alone=False)
             self._say(call, pace, state.history)
-            return call.skip(*plus((call.x, call.context), state.history.predict(time)))
+            return call.skip(
+                *plus((call.x, call.context), state.history.predict(time)), alone=False
+            )
         state.enter(index, (call.x, call.context))
         out = call.proceed()
         state.leave(call.outputs(out))
