@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 _READINGS = 32
 _COUNTERS = (
-    "computed", "skipped", "partly", "rows_left_out", "saved_flops", "uncounted", "seconds", "timed",
-    "_rough",
+    "computed", "skipped", "partly", "rows_left_out", "saved_flops", "uncounted", "seconds",
+    "timed", "_rough",
 )  # fmt: skip
 
 

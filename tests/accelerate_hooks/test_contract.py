@@ -15,7 +15,7 @@ from accelerate_hooks.errors import UnsupportedModelError
 
 # One stream, joint text, cross-attention, video, lists of tensors, residual stages; text; experts.
 DIFFUSION = ("dit", "flux", "wan", "zimage", "unet")
-TEXT = ("llama", "bert", "t5", "mixtral", "qwen3_moe", "olmoe")
+TEXT = ("llama", "bert", "bart", "mixtral", "qwen3_moe", "olmoe")
 POLICIES = available_policies()
 
 
