@@ -134,5 +134,5 @@ def test_the_laws_look_at_models_that_compute():
     for name in DIFFUSION + TEXT:
         steps = contract.outputs(case(name)[0](), TINY[name].inputs(2), 3)
         assert all(torch.isfinite(t).all() for step in steps for t in step), name
-        if name not in ("bert", "t5"):
+        if name not in ("bert", "bart"):
             assert not contract.equal(steps[:1], steps[1:2]), name
