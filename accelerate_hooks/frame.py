@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 FRAME: contextvars.ContextVar[Frame | None] = contextvars.ContextVar("frame", default=None)
 HEADING: contextvars.ContextVar[Any] = contextvars.ContextVar("heading", default=None)
 PLAIN_INSIDE: contextvars.ContextVar[Frame | None] = contextvars.ContextVar("plain", default=None)
+_UNSET = object()
 
 
 class Root:
@@ -58,6 +59,7 @@ class Frame:
     """One forward of one root."""
 
     __slots__ = (
+        "_layout",
         "arguments",
         "cuts",
         "flops",
@@ -103,10 +105,16 @@ class Frame:
         self.length = 0
         self.keys = 0
         self.spared = 0.0
+        self._layout: Any = _UNSET
 
     @property
     def layout(self) -> TokenLayout | None:
         """Of the tokens of this forward; asked once a run and shape (some read a tensor)."""
+        if self._layout is _UNSET:
+            self._layout = self._find_layout()
+        return self._layout
+
+    def _find_layout(self) -> TokenLayout | None:
         patch = self.session.patch(self.root)
         key: list[Any] = [self.root]
         for name, value in self.arguments.items():

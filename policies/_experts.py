@@ -30,11 +30,10 @@ def read_experts(module: nn.Module) -> Experts | None:
     up, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
     gated = up is not None
     up = getattr(module, "up_proj", None) if up is None else up
-    if not all(isinstance(t, Tensor) and t.ndim == 3 for t in (up, down)):
+    if not isinstance(up, Tensor) or not isinstance(down, Tensor) or {up.ndim, down.ndim} != {3}:
         return None
     if getattr(module, "has_post_expert_norm", False):
         return None
-    assert isinstance(up, Tensor) and isinstance(down, Tensor)
     name = "gate_up_proj_bias" if gated else "up_proj_bias"
     biases = getattr(module, name, None), getattr(module, "down_proj_bias", None)
     transposed = bool(getattr(module, "is_transposed", False))

@@ -265,20 +265,9 @@ class DraftAttention(Policy):
             budgets: dict[Any, Tensor] = call.slot(dict, scope="run")
             key = ("budget", call.site.name, a.q.device)
             if key not in budgets:
-                budgets[key] = self._budget(call).to(a.q.device)
+                budgets[key] = _budget(self.heads, call).to(a.q.device)
             return budgets[key]
         return 1.0 - self.sparsity if self.mass is None else self.mass
-
-    def _budget(self, call: Call) -> Tensor:
-        """The fitted densities ``[heads]`` of this layer."""
-        assert isinstance(self.heads, Artifact)
-        found = self.heads.tensors.get(call.site.name)
-        if found is None:
-            raise ArtifactError(
-                f"draft_attention: the artifact has no densities for {call.site.name}; fit again "
-                "on calls that reach it, or leave it out with only="
-            )
-        return found.double()
 
     def _density(self, call: Call, plan: Plan) -> float | None:
         """The share of visible blocks that is computed; None where that follows from the data."""
@@ -288,7 +277,7 @@ class DraftAttention(Policy):
         if plan not in known:
             shares = [1.0 - self.sparsity]
             if isinstance(self.heads, Artifact):
-                shares = self._budget(call).tolist()
+                shares = _budget(self.heads, call).tolist()
             found = [plan.selection.density(share) or 0.0 for share in shares]
             known[plan] = sum(found) / len(found)
         return known[plan]
@@ -325,6 +314,17 @@ class DraftAttention(Policy):
                 "give grid=(frames, height, width) and text=, or leave this site out with only="
             )
         return found
+
+
+def _budget(heads: Artifact, call: Call) -> Tensor:
+    """The fitted densities ``[heads]`` of this layer."""
+    found = heads.tensors.get(call.site.name)
+    if found is None:
+        raise ArtifactError(
+            f"draft_attention: the artifact has no densities for {call.site.name}; fit again "
+            "on calls that reach it, or leave it out with only="
+        )
+    return found.double()
 
 
 def _cast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -112,19 +112,19 @@ class ExpertSkip(Policy):
     @uncompiled
     def _fewer(self, call: Call, indices: Tensor, weights: Tensor, limit: int | None) -> Any:
         k = indices.shape[1]
+        count = min(k, max(limit or k, self.min_experts))
+        if not self.ragged and count == k:
+            return call.proceed()
         order = weights.float().argsort(dim=-1, descending=True, stable=True)
         ranked = weights.gather(1, order)
         indices = indices.gather(1, order)
-        kept = self.keep(ranked, limit)
         experts = self._experts(call)
         total = ranked.sum(-1, keepdim=True)
         if not self.ragged:
-            count = min(k, max(limit or k, self.min_experts))
-            if count == k:
-                return call.proceed()
             some = self._renormalised(call, ranked[:, :count], total)
             call.note("narrowed", experts=float(count))
             return self._narrowed(call, indices[:, :count], some, experts, k)
+        kept = self.keep(ranked, limit)
         some = self._renormalised(call, ranked * kept, total)
         lost = 1.0 - (ranked * kept).sum(-1) / total.squeeze(-1)
         counts = kept.sum(-1)
