@@ -11,6 +11,8 @@ from accelerate_hooks.call import Call
 from accelerate_hooks.history import History, Values
 from accelerate_hooks.opaque import opaque_functions
 
+_MOST_CORRECTION = 4.0
+
 
 class Pace:
     """The decisions of one model, stack or site, step after step.
@@ -120,6 +122,24 @@ class State:
         self.entered = -1
         self._entry: list[torch.Tensor | None] = []
         self._before: list[tuple[torch.Tensor, int] | None] = []
+
+    def settle_debt(self, time: float, stride: float | None) -> float:
+        """The share of ``y - prediction`` to add to a computed output ``y``, which takes back what
+        the skipped steps before it were off by.
+
+        The true value ``y`` raises the polynomial through the old ones by one order: at a skipped
+        time ``t_k`` it differs from the prediction made there by
+        ``(y - prediction) * rho_k``, ``rho_k = prod_i (t_k - t_i) / (t - t_i)``. A first-order
+        solver has added ``stride_k`` times that to the sample, so that the share is
+        ``sum_k stride_k rho_k / stride``.
+        """
+        owed, self.owed = self.owed, []
+        if not (owed and stride and self.history.ready):
+            return 0.0
+        times = self.history.times
+        reach = math.prod(time - t for t in times)
+        factor = sum(s * math.prod(k - t for t in times) for k, s in owed) / reach / stride
+        return max(-_MOST_CORRECTION, min(_MOST_CORRECTION, factor))
 
     def enter(self, step: int, values: tuple[torch.Tensor | None, ...]) -> None:
         """A computed block of a stack begins with these values. What the model adds between two

@@ -15,7 +15,7 @@ from accelerate_hooks.errors import ArtifactError, SpecError, UnsupportedModelEr
 from accelerate_hooks.history import History, RowHistory, Values, relative_error
 from accelerate_hooks.opaque import opaque_functions
 from accelerate_hooks.policies._pace import Board, Pace, State, minus, plus
-from accelerate_hooks.policies._quantity import mixing
+from accelerate_hooks.policies._quantity import clock, converted, present, restored
 from accelerate_hooks.policy import Decides, Policy
 from accelerate_hooks.site import Effect, Kind, Site
 
@@ -24,7 +24,6 @@ Predictor = Literal["hold", "linear", "taylor2", "taylor3"]
 Criterion = Literal["cadence", "change", "error", "gates"]
 
 _ORDER = {"hold": 0, "linear": 1, "taylor2": 2, "taylor3": 3}
-_MOST_CORRECTION = 4.0
 _WHY = {
     "cadence": "not its turn",
     "change": "change under threshold",
@@ -224,7 +223,8 @@ class LazyStep(Policy):
             return replace(mould, artifact=artifact)
 
         fitted, numbers = _gates.train(
-            mould, make, model, data, target=share, time=self._time, order=_ORDER[self.predictor],
+            mould, make, model, data, target=share, order=_ORDER[self.predictor],
+            time=lambda call: clock(call.step, self.time),
             warmup=self.warmup, cooldown=self.cooldown, max_age=mould.setting("max_age"),
             probes=probes, resume=resume, progress=progress,
         )  # fmt: skip
@@ -246,7 +246,7 @@ class LazyStep(Policy):
         """The model, or a site: left out as a whole."""
         state = call.slot(self._state, rows=True)
         pace = call.slot(Pace, scope="run") if self.scope == "model" else state.pace
-        history, time = state.history, self._time(call)
+        history, time = state.history, clock(call.step, self.time)
         if self.lagged:
             boards: dict[str, Board] = call.slot(dict, scope="run")
             boards.setdefault(call.step.branch, Board()).settle(call, pace)
@@ -255,42 +255,25 @@ class LazyStep(Policy):
             self._say(call, pace, history)
             if call.step.stride is not None:
                 state.owed.append((time, call.step.stride))
-            return call.skip(*self._from(call, history.predict(time)))
+            return call.skip(*restored(call, self.quantity, history.predict(time)))
         out = call.proceed()
         try:
-            values = self._to(call, call.outputs(out))
+            values = converted(call, self.quantity, call.outputs(out))
         except UnsupportedModelError as error:  # a list of residuals, as ControlNets give
             call.inert(f"lazy_step: nothing is reused: {error}")
             return out
-        corrected = self._corrected(call, state, time, values, out)
+        factor = state.settle_debt(time, call.step.stride)
+        corrected = out
+        if self.corrector and self.scope == "model" and self.quantity == "output" and factor:
+            (y,), (guess,) = values, history.predict(time)
+            corrected = call.replaced(out, torch.lerp(guess, y, 1.0 + factor))
         self._learn(call, pace, history, time, values)
         return corrected
-
-    def _corrected(self, call: Call, state: State, time: float, values: Values, out: Any) -> Any:
-        """The computed output with what the skipped steps before it were off by.
-
-        The true value ``y`` raises the polynomial through the old ones by one order: at a skipped
-        time ``t_k`` it differs from the prediction made there by
-        ``(y - prediction) * rho_k``, ``rho_k = prod_i (t_k - t_i) / (t - t_i)``. A first-order
-        solver has added ``stride_k`` times that to the sample, so that
-        ``y + (y - prediction) * sum_k stride_k rho_k / stride`` takes it back.
-        """
-        owed, history = state.owed, state.history
-        state.owed = []
-        stride = call.step.stride
-        plain = self.scope == "model" and self.quantity == "output"
-        if not (self.corrector and owed and plain and stride and history.ready):
-            return out
-        reach = math.prod(time - t for t in history.times)
-        factor = sum(s * math.prod(k - t for t in history.times) for k, s in owed) / reach / stride
-        factor = max(-_MOST_CORRECTION, min(_MOST_CORRECTION, factor))
-        (y,), (guess,) = values, history.predict(time)
-        return call.replaced(out, torch.lerp(guess, y, 1.0 + factor))
 
     def _stack(self, call: Call) -> Any:
         """The blocks behind the first one: decided once a forward from what the first one adds,
         replaced by what they added together."""
-        index, time = call.step.index, self._time(call)
+        index, time = call.step.index, clock(call.step, self.time)
         paces: dict[str, Pace] = call.slot(dict, scope="run")
         pace = paces.setdefault(call.step.branch, Pace())
         if pace.step != index:
@@ -335,10 +318,11 @@ class LazyStep(Policy):
         ``sigmoid(sum_n Z_n . w) >= threshold``, 0.5 where none is given (the code's sign in
         LazyDiT, not the paper's)."""
         history = call.slot(lambda: RowHistory(_ORDER[self.predictor]))
-        index, time, weight = call.step.index, self._time(call), self._gate(call)
+        index, time = call.step.index, clock(call.step, self.time)
+        weight = self._gate(call)
         if weight is None or not history.ready or not self._in_window(call):
             out = call.proceed()
-            history.add(index, time, _present(call.outputs(out)))
+            history.add(index, time, present(call.outputs(out)))
             return out
         logits = torch.einsum("b...d,d->b", call.x.float(), weight)
         share = 0.5 if self.threshold is None else self.threshold
@@ -356,7 +340,7 @@ class LazyStep(Policy):
             if not any(rows):
                 return call.skip(*guess)
             out = call.proceed(rows=rows, rest=guess)
-        history.add(index, time, _present(call.outputs(out)), rows)
+        history.add(index, time, present(call.outputs(out)), rows)
         return out
 
     # -- decisions ---------------------------------------------------------------------------
@@ -447,37 +431,6 @@ class LazyStep(Policy):
             call.note(_WHY[self.criterion], age=age, estimate=pace.expected)
         else:
             call.note(_WHY[self.criterion], age=age)
-
-    # -- times and quantities ----------------------------------------------------------------
-
-    def _time(self, call: Call) -> float:
-        """The host time of the step on the chosen axis, scaled to the order of one."""
-        step = call.step
-        if self.time == "index" or (step.noise is None and step.time is None):
-            return float(step.index) / (step.total or 50)
-        if step.noise is None:
-            return step.time / 1000.0  # type: ignore[operator]
-        alpha, sigma = step.noise
-        if self.time == "sigma":
-            return sigma
-        return math.log(max(alpha, 1e-3) / max(sigma, 1e-3))
-
-    def _to(self, call: Call, out: tuple[torch.Tensor, torch.Tensor | None]) -> Values:
-        """What is predicted, from what the model gave."""
-        if self.scope != "model" or self.quantity == "output":
-            return _present(out)
-        a, b = mixing(call.step, self.quantity)
-        return (torch.add(out[0] * b, call.x, alpha=a),)
-
-    def _from(self, call: Call, values: Values) -> Values:
-        if self.scope != "model" or self.quantity == "output":
-            return values
-        a, b = mixing(call.step, self.quantity)
-        return (torch.sub(values[0], call.x, alpha=a) / b,)
-
-
-def _present(values: tuple[torch.Tensor, torch.Tensor | None]) -> Values:
-    return tuple(v for v in values if v is not None)
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {
