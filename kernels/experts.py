@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from accelerate_hooks.kernels import _native as native
-from accelerate_hooks.kernels._dispatch import require, use_native
+from accelerate_hooks.kernels._dispatch import require, use_native, use_triton
 
 Act = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped_swiglu"]
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FEW = 8
 """Up to so many tokens an expert its matrices are streamed; beyond, products have enough to do."""
 
@@ -94,7 +95,13 @@ def _op(
     hidden: Tensor, indices: Tensor, weights: Tensor, up: Tensor, down: Tensor,
     up_bias: Tensor | None, down_bias: Tensor | None, act: str, gated: bool, transposed: bool,
 ) -> Tensor:  # fmt: skip
-    return grouped(hidden, indices, weights, up, down, up_bias, down_bias, act, gated, transposed)
+    given = (hidden, indices, weights, up, down, up_bias, down_bias, act, gated, transposed)
+    unfit = None if hidden.dtype in _DTYPES else f"dtype {hidden.dtype}"
+    if use_triton("skip_experts", hidden.device, unfit):
+        from accelerate_hooks.kernels._experts_triton import launch
+
+        return launch(*given)
+    return grouped(*given)
 
 
 @_op.register_fake

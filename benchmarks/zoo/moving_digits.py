@@ -10,10 +10,10 @@ there, move in a straight line over a picture of 32×32 pixels and bounce off it
 The model is diffusers' `WanTransformer3DModel` with patches of (1, 4, 4), so 16 × 8 × 8 = 1,024
 tokens a clip; a class embedding stands where text stands. It learns by flow matching (Lipman et
 al., 2023, https://arxiv.org/abs/2210.02747): at `x_s = (1 - s) * clip + s * noise` it predicts
-`noise - clip`, first on clips of 4 frames, then of 16. Matrices of the blocks are trained by Muon
-(Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/), all else by AdamW. Every draw of
-a training step comes from a generator seeded by the step, so that a resumed run goes on as if
-never stopped.
+`noise - clip`, first on clips of 4 frames, then of 16, at last at high noise. Matrices of the
+blocks are trained by Muon (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/), all
+else by AdamW. Every draw of a training step comes from a generator seeded by the step, so that a
+resumed run goes on as if never stopped.
 
 Generation is diffusers' own `WanPipeline` without a VAE: latents are the picture.
 """
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -29,6 +30,7 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +74,29 @@ TRANSFORMER_CONFIG: dict[str, Any] = {
     "num_layers": 6,
     "rope_max_seq_len": 32,
 }
-SCHEDULER_CONFIG: dict[str, Any] = {"num_train_timesteps": 1000, "shift": 2.0}
+SCHEDULER_CONFIG: dict[str, Any] = {"num_train_timesteps": 1000, "shift": 6.0}
 
-SHORT_FRAMES, SHORT_STEPS = 4, 1200
+
+@dataclass(frozen=True)
+class Stage:
+    """Training up to step ``until`` on clips of ``frames``, at noise levels whose log odds are
+    normal with ``level`` as mean and deviation; ``anneal``: the rate falls to 0 at its end."""
+
+    until: int
+    frames: int
+    level: tuple[float, float]
+    anneal: bool
+
+
+STAGES = (
+    Stage(1200, 4, (0.6, 1.2), anneal=False),
+    Stage(3300, FRAMES, (0.6, 1.2), anneal=True),
+    Stage(7200, FRAMES, (2.0, 1.5), anneal=True),
+)
+"""The last one is for the path. A digit of some 60 pixels of ink, 4 deviations bright, stands out
+of the noise of one frame by ``4 * 60 ** 0.5 * (1 - s) / s``: 1.6 at s = 0.95. So where it is in
+each frame is settled near there, and the stage before drew such levels one time in forty."""
+
 TOKENS_PER_STEP = 8192
 MATRIX_RATE, OTHER_RATE, WARMUP_STEPS, DECAY_SHARE = 2e-3, 1e-3, 100, 0.3
 EMA_DECAY = 0.998
@@ -231,30 +253,39 @@ def to_pixels(latents: Tensor) -> Tensor:
 
 
 def training_batch(
-    images: Tensor, labels: Tensor, step: int, frames: int
+    images: Tensor, labels: Tensor, step: int, stage: Stage
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One batch, a function of `step` and `frames` alone.
+    """One batch, a function of `step` and its stage alone.
 
     Returns:
         Noisy clips `[B, 1, frames, 32, 32]`, noise levels s `[B]` in (0, 1), labels `[B]` with
         dropout to the null class, and the target velocity.
     """
+    frames, (mean, deviation) = stage.frames, stage.level
     batch = TOKENS_PER_STEP // (frames * (SIZE // 4) ** 2)
     generator = torch.Generator().manual_seed(SEED * 1_000_003 + step)
     rows = torch.randint(len(images), (batch,), generator=generator)
     pixels = move(augment(images[rows], generator), generator, frames)
     clean = ((pixels - MEAN) / STD).unsqueeze(1)
     noise = torch.randn(clean.shape, generator=generator)
-    level = torch.sigmoid(0.6 + 1.2 * torch.randn(batch, generator=generator))
+    level = torch.sigmoid(mean + deviation * torch.randn(batch, generator=generator))
     dropped = torch.rand(batch, generator=generator) < LABEL_DROPOUT
     column = level.view(-1, 1, 1, 1, 1)
     noisy = (1 - column) * clean + column * noise
     return noisy, level, labels[rows].masked_fill(dropped, NUM_CLASSES), noise - clean
 
 
-def rate(step: int, steps: int) -> float:
-    """Share of the peak: linear warm-up, constant, linear decay over the last `DECAY_SHARE`."""
-    return min(1.0, (step + 1) / WARMUP_STEPS, (steps - step) / (DECAY_SHARE * steps))
+def stage_of(step: int) -> Stage:
+    return next(stage for stage in STAGES if step < stage.until)
+
+
+def rate(step: int) -> float:
+    """Share of the peak, a cycle to each stage that anneals: linear warm-up, constant, linear decay
+    over the last `DECAY_SHARE` (warm restarts: Loshchilov and Hutter, 2017,
+    https://arxiv.org/abs/1608.03983)."""
+    ends = [0, *(stage.until for stage in STAGES if stage.anneal)]
+    start, end = next((a, b) for a, b in itertools.pairwise(ends) if step < b)
+    return min(1.0, (step - start + 1) / WARMUP_STEPS, (end - step) / (DECAY_SHARE * (end - start)))
 
 
 def optimizers(model: MovingDigits) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
@@ -269,12 +300,9 @@ def optimizers(model: MovingDigits) -> tuple[torch.optim.Optimizer, torch.optim.
     )
 
 
-def train(folder: Path, steps: int) -> None:
-    """Train from the checkpoint in `folder` where there is one, up to `steps`.
-
-    The rate is constant until its decay begins, so a run may be resumed with another `steps` as
-    long as it has not begun to decay.
-    """
+def train(folder: Path) -> None:
+    """Train through `STAGES`, from the checkpoint in `folder` where there is one."""
+    steps = STAGES[-1].until
     images, labels, _, _ = digits()
     torch.manual_seed(SEED)
     model = MovingDigits().train()
@@ -294,8 +322,7 @@ def train(folder: Path, steps: int) -> None:
     began = time.perf_counter()
     bar = tqdm(range(start, steps), initial=start, total=steps, desc="clips", mininterval=20)
     for step in bar:
-        frames = SHORT_FRAMES if step < SHORT_STEPS else FRAMES
-        noisy, level, classes, target = training_batch(images, labels, step, frames)
+        noisy, level, classes, target = training_batch(images, labels, step, stage_of(step))
         with torch.autocast("cpu", torch.bfloat16):
             velocity = forward(
                 hidden_states=noisy,
@@ -307,7 +334,7 @@ def train(folder: Path, steps: int) -> None:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
         for optimizer, peak in ((muon, MATRIX_RATE), (adamw, OTHER_RATE)):
-            optimizer.param_groups[0]["lr"] = peak * rate(step, steps)
+            optimizer.param_groups[0]["lr"] = peak * rate(step)
             optimizer.step()
             optimizer.zero_grad()
         with torch.no_grad():
@@ -476,7 +503,6 @@ def save_picture(model: MovingDigits, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "moving_digits")
-    parser.add_argument("--steps", type=int, default=4200)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--evaluate", action="store_true", help="score samples, write JSON")
     parser.add_argument("--export", action="store_true", help="write the weights that ship")
@@ -505,7 +531,7 @@ def main() -> None:
                 RESULTS.write_text(json.dumps(scores, indent=2) + "\n")
     if not (options.export or options.evaluate or options.picture):
         options.folder.mkdir(parents=True, exist_ok=True)
-        train(options.folder, options.steps)
+        train(options.folder)
         if not (options.folder / "classifier.pt").exists():
             train_classifier(options.folder / "classifier.pt")
 

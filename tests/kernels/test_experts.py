@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accelerate_hooks.kernels import KernelError, _native, experts, skip_experts
+from accelerate_hooks.kernels._dispatch import interpreted
 
 BOUND = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 
@@ -81,6 +82,40 @@ def test_both_paths_agree(few, drawn):
 @settings(max_examples=30)
 def test_any_width_is_taken(drawn):
     agree(experts.grouped(*drawn), drawn)
+
+
+@pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1 (make test sets it)")
+@given(mixtures(widths=(5, 24, 80)))
+@settings(max_examples=25)
+def test_triton_agrees(drawn):
+    from accelerate_hooks.kernels._experts_triton import launch
+
+    agree(launch(*drawn), drawn)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@given(mixtures(widths=(16, 80, 129, 256)))
+def test_triton_agrees_on_a_gpu(drawn):
+    moved = [t.cuda() if torch.is_tensor(t) else t for t in drawn]
+    agree(torch.ops.accelerate_hooks.skip_experts(*moved).cpu(), drawn)
+
+
+@pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1 (make test sets it)")
+def test_triton_many_tiles_of_one_expert(monkeypatch):
+    """More slots than one tile, an expert that nobody asks, and poison where nothing is written."""
+    monkeypatch.setenv("ACCELERATE_HOOKS_KERNELS", "triton")
+    generator = torch.Generator().manual_seed(0)
+    up, down = torch.randn(5, 96, 48, generator=generator), torch.randn(5, 48, 48)
+    hidden = torch.randn(300, 48, generator=generator)
+    indices = torch.randint(0, 2, (300, 3), generator=generator) * 4
+    weights = torch.rand(300, 3, generator=generator)
+    weights[::3, 1] = 0.0
+    up[1:4] = torch.nan
+    given_ = (hidden, indices, weights, up, down)
+    got = skip_experts(*given_)
+    wanted = experts.grouped(*given_, None, None, "silu", True, False)
+    assert (got - wanted).norm() <= 2e-6 * wanted.norm()
 
 
 def example(tokens=3, dtype=torch.float32):
