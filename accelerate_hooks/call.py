@@ -239,19 +239,23 @@ class Call:
         are not asked."""
         return self._frame.compute(self, self._args, self._kwargs, work, self._spared)
 
-    def known(self, make: Callable[[], T]) -> T:
-        """What the policy has found out about this site, once a session; nothing of a run."""
+    def known(self, make: Callable[[], T], name: str = "") -> T:
+        """What the policy has found out about this site, once a session; nothing of a run. A fact
+        has a ``name`` where there are several."""
         facts = self._frame.session.record(self.site).facts
-        key = ("known", self._policy_index)
+        key = ("known", self._policy_index, name)
         if key not in facts:
             facts[key] = make()
         return facts[key]
 
-    def plain(self) -> Any:
-        """What the site itself makes of its arguments, beside the visit: no policy inside is asked,
-        nothing is counted. Costs a visit."""
+    def plain(self, *, routing: tuple[torch.Tensor, torch.Tensor] | None = None) -> Any:
+        """What the site itself makes of its arguments (at experts, of other ``routing``), beside
+        the visit: no policy inside is asked, nothing is counted. Costs a visit."""
+        args, kwargs = self._args, self._kwargs
+        if routing is not None:
+            args, kwargs = self._with(None, None, routing)
         with self.beside():
-            return self._frame.plain(self._seam, self._args, self._kwargs)
+            return self._frame.plain(self._seam, args, kwargs)
 
     def attention(self, fn: Callable[[Attention], torch.Tensor]) -> Any:
         """Do the site's work with ``fn`` in the place of its scaled dot-product attention. Raises

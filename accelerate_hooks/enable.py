@@ -79,6 +79,8 @@ def enable(
     for item in addressed:
         notes.extend(item.policy.check(session))
     try:
+        for item in addressed:
+            item.policy.install(session)
         _install(session, roots, plan, models)
     except BaseException:
         session.disable()

@@ -66,6 +66,11 @@ class Policy:
         ``session.sites``; return lines that the report shall show."""
         return []
 
+    def install(self, session: Any) -> None:
+        """Called once by ``enable``, before the first visit, for what is done to modules once and
+        for all. Every change goes with its undoing into ``session.ledger``; what the visits have to
+        know of it goes into ``session.know``."""
+
     def fit(
         self,
         model: Any,

@@ -179,6 +179,12 @@ class Session:
     def records(self) -> dict[Site, Record]:
         return self._records
 
+    def know(self, policy: Policy, site: Site, name: str, fact: Any) -> None:
+        """Tell ahead what ``call.known(..., name)`` of this policy gives at a site."""
+        for index, mine in enumerate(self.policies):
+            if mine is policy:
+                self.record(site).facts["known", index, name] = fact
+
     def policies_at(self, site: Site) -> list[tuple[int, Policy]]:
         return self._plan.get(site, _NONE)
 

@@ -18,6 +18,7 @@ from accelerate_hooks.enable import enable
 from accelerate_hooks.errors import SpecError
 from accelerate_hooks.kernels import attention_mass
 from accelerate_hooks.opaque import opaque_functions
+from accelerate_hooks.policies._hull import hull, slope
 from accelerate_hooks.policy import Policy
 from accelerate_hooks.site import Effect, Kind, Site
 
@@ -164,9 +165,8 @@ def allocate(curves: dict[str, Curve], target: float) -> tuple[dict[str, Tensor]
             spent += density[head][0].item()
             heads += 1
             for a, b in itertools.pairwise(points):
-                width = (density[head][b] - density[head][a]).item()
-                slope = (kept[head][b] - kept[head][a]).item() / width
-                pieces.append((-slope, width, name, head, b))
+                x, y = density[head].tolist(), kept[head].tolist()
+                pieces.append((-slope(x, y, a, b), x[b] - x[a], name, head, b))
     for _, width, name, head, b in sorted(pieces):
         room = target * heads - spent
         if room <= 0:
@@ -177,22 +177,6 @@ def allocate(curves: dict[str, Curve], target: float) -> tuple[dict[str, Tensor]
     equal = sum(_at(curve, torch.full_like(shares[name], target)) for name, curve in curves.items())
     fitted = sum(_at(curve, shares[name]) for name, curve in curves.items())
     return shares, {"mass_equal": equal / heads, "mass_fitted": fitted / heads}
-
-
-def hull(x: Sequence[float], y: Sequence[float]) -> list[int]:
-    """The places of the points on the upper concave hull, from the first to the last."""
-    kept: list[int] = []
-    for i in range(len(x)):
-        if kept and x[i] <= x[kept[-1]]:
-            continue
-        while len(kept) > 1 and _slope(x, y, kept[-2], kept[-1]) <= _slope(x, y, kept[-1], i):
-            kept.pop()
-        kept.append(i)
-    return kept
-
-
-def _slope(x: Sequence[float], y: Sequence[float], a: int, b: int) -> float:
-    return (y[b] - y[a]) / (x[b] - x[a])
 
 
 def _at(curve: Curve, shares: Tensor) -> float:

@@ -11,49 +11,88 @@ from torch import Tensor, nn
 from accelerate_hooks.kernels import skip_experts
 from accelerate_hooks.kernels.experts import Act, activate
 from accelerate_hooks.opaque import opaque_functions
+from accelerate_hooks.seam import seam_of
 
 _CLOSE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 
 
 @dataclass(frozen=True, eq=False)
 class Experts:
-    """Arguments of `skip_experts` beside hidden states, indices and weights, and the operations of
-    one slot."""
+    """A module that holds all its experts in matrices of the kernel's form."""
 
-    arguments: dict[str, Any]
-    flops: float
+    module: nn.Module
+    act: Act
+    gated: bool
+    transposed: bool
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Of `skip_experts`, beside hidden states, indices and weights: the parameters as they are
+        now (loading and pruning put others in their places)."""
+        own = self.module._parameters
+        first = "gate_up_proj" if self.gated else "up_proj"
+        return {
+            "up": own[first], "down": own["down_proj"],
+            "up_bias": own.get(f"{first}_bias"), "down_bias": own.get("down_proj_bias"),
+            "act": self.act, "gated": self.gated, "transposed": self.transposed,
+        }  # fmt: skip
+
+
+def slot_flops(module: nn.Module) -> float:
+    """The operations of one slot, of experts of any form: two a weight of one expert."""
+    matrices = [p for p in module.parameters() if p.ndim >= 2]
+    stacked = next((len(p) for p in matrices if p.ndim == 3), None)
+    count = stacked or getattr(module, "num_experts", None) or len(list(module.children()))
+    return 2.0 * sum(p.numel() for p in matrices) / max(1, int(count))
 
 
 def read_experts(module: nn.Module) -> Experts | None:
     """The experts of transformers' form: stacked matrices, gated or plain, either layout, biases.
-    None where it is another, or where the activation is none that the kernel knows."""
-    up, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
-    gated = up is not None
-    up = getattr(module, "up_proj", None) if up is None else up
-    if not isinstance(up, Tensor) or not isinstance(down, Tensor) or {up.ndim, down.ndim} != {3}:
-        return None
-    if getattr(module, "has_post_expert_norm", False):
-        return None
-    name = "gate_up_proj_bias" if gated else "up_proj_bias"
-    biases = getattr(module, name, None), getattr(module, "down_proj_bias", None)
+
+    None where the form is another or the activation none that the kernel knows; where there is
+    more than these parameters (scales of quantised weights, a norm), or they are no plain
+    floating-point tensors (quantised, sharded, offloaded); and where the class's own ``forward``
+    is not what runs (expert or tensor parallel, offloading).
+    """
+    gated = "gate_up_proj" in module._parameters
+    first = "gate_up_proj" if gated else "up_proj"
+    known = (first, "down_proj", f"{first}_bias", "down_proj_bias")
+    own = dict(module.named_parameters())
+    up, down, *biases = (own.pop(name, None) for name in known)
     transposed = bool(getattr(module, "is_transposed", False))
-    features = up.shape[2 if transposed else 1]
-    act = _activation(module, features, gated)
-    if act is None:
+    plain = up is not None and all(p is None or _is_plain(p) for p in (up, down, *biases))
+    if own or not plain or not _fit(up, down, gated, transposed) or _is_replaced(module):
         return None
-    return Experts(
-        {
-            "up": up, "down": down, "up_bias": biases[0], "down_bias": biases[1],
-            "act": act, "gated": gated, "transposed": transposed,
-        },
-        2.0 * (up[0].numel() + down[0].numel()),
-    )  # fmt: skip
+    act = _activation(module, up.shape[2 if transposed else 1], gated)
+    return None if act is None else Experts(module, act, gated, transposed)
+
+
+def _is_plain(p: Tensor) -> bool:
+    return type(p) in (Tensor, nn.Parameter) and p.dtype in _CLOSE and not p.is_meta
+
+
+def _fit(up: Tensor, down: Tensor | None, gated: bool, transposed: bool) -> bool:
+    """``[E, F, H]`` and ``[E, H, I]``, or with both transposed, F twice I where gated."""
+    if down is None or up.ndim != 3 or down.ndim != 3:
+        return False
+    (e, f, h), (count, *rest) = up.shape, down.shape
+    f, h = (h, f) if transposed else (f, h)
+    width = f // 2 if gated else f
+    return e == count and rest == ([width, h] if transposed else [h, width])
+
+
+def _is_replaced(module: nn.Module) -> bool:
+    seam = seam_of(module)
+    forward = module.forward if seam is None else seam.original
+    return getattr(forward, "__func__", None) is not type(module).forward
 
 
 def _activation(module: nn.Module, features: int, gated: bool) -> Act | None:
-    """The activation of the kernel that gives what the module's own gives."""
+    """The activation of the kernel that gives what the module's own gives, far out too: some are
+    clamped there."""
     own = getattr(module, "_apply_gate", None) if gated else getattr(module, "act_fn", None)
-    x = torch.linspace(-9.0, 9.0, features).roll(features // 3).unsqueeze(0)
+    scale = torch.logspace(-1.0, 3.0, 32).unsqueeze(1)
+    x = scale * torch.randn(32, features, generator=torch.Generator().manual_seed(0))
     try:
         if own is None:
             gate, linear = x.chunk(2, dim=-1)
@@ -66,7 +105,9 @@ def _activation(module: nn.Module, features: int, gated: bool) -> Act | None:
         if act == "clamped_swiglu" and not gated:
             continue
         got = activate(x, act, gated)
-        if got.shape == wanted.shape and torch.allclose(got, wanted, rtol=1e-4, atol=1e-5):
+        if got.shape != wanted.shape:
+            continue
+        if ((got - wanted).abs() <= 1e-4 * wanted.abs() + 1e-5 * scale).all():
             return act
     return None
 

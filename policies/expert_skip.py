@@ -1,19 +1,26 @@
-"""ExpertSkip: fewer experts a token, by their router's own weights."""
+"""ExpertSkip: fewer experts a token, by their router's own weights, or fewer in the model."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
+from accelerate_hooks.artifact import Artifact
 from accelerate_hooks.call import Call
 from accelerate_hooks.kernels import FALLBACKS, skip_experts
 from accelerate_hooks.opaque import opaque_functions, uncompiled
-from accelerate_hooks.policies._experts import Experts, error_of, read_experts
+from accelerate_hooks.policies import _lists, _pruning
+from accelerate_hooks.policies._experts import Experts, error_of, read_experts, slot_flops
+from accelerate_hooks.policies._pruning import Criterion
+from accelerate_hooks.policies._routers import Plan, route
 from accelerate_hooks.policy import Decides, Policy
 from accelerate_hooks.site import Effect, Kind, Site
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +30,7 @@ class ExpertSkip(Policy):
     With the weights ``w_1 >= w_2 >= ... >= w_k`` that the router gave a token, expert ``s`` is kept
     if every rule that is set keeps it:
 
-    top_k: ``s <= top_k``, for every layer, or a number a layer in the order of the model.
+    top_k: ``s <= top_k``; like every rule one number, or one a layer in the order of the model.
     ratio: ``w_s >= ratio * w_1`` (NAEE, arXiv 2402.14800: there for the second of two).
     mass: the fewest that hold a share ``mass`` of ``sum w``.
     floor: ``w_s >= floor``.
@@ -38,28 +45,65 @@ class ExpertSkip(Policy):
     experts for each token, and run `kernels.skip_experts`, in which a slot that is left out costs
     nothing; experts of a form that it does not know get as many slots as the token with most, the
     others weighed with zero.
+
+    Once, at ``enable``:
+
+    prune: a share of the experts of each layer, or a number a layer, that no token is given; the
+        next best take their place. Their logits are ``-inf`` in the router, before its softmax.
+    criterion: those with least of it go. ``"aimer"`` needs no data (arXiv 2603.18492); what the
+        others measure comes from ``fit``: ``"frequency"`` (how often an expert is asked),
+        ``"router_weight"`` (its mean weight), ``"activation_norm"`` (the sum of its outputs'
+        norms), ``"reap"`` (the mean of weight times norm where it is asked, arXiv 2510.13999).
+    merge: what goes is averaged into what is left: each into the nearest (by the router's rows) of
+        the worse half, by how often they are asked where that is known. An artifact with matrices
+        ``merge.<i>`` ``[E', E]`` and ``route.<i>`` ``[E', E]`` for mixture i is followed instead
+        (EEP, arXiv 2407.00945): new experts ``merge @ experts``, chosen by
+        ``softmax(logits) @ route.T``.
+    free_memory: the pruned experts are really taken out, and lie on the CPU until the session ends;
+        with ``irreversible`` they are deleted, and the model is good for nothing afterwards.
     """
 
     name: ClassVar[str] = "expert_skip"
 
     top_k: int | tuple[int, ...] | None = None
-    ratio: float | None = None
-    mass: float | None = None
-    floor: float | None = None
+    ratio: float | tuple[float, ...] | None = None
+    mass: float | tuple[float, ...] | None = None
+    floor: float | tuple[float, ...] | None = None
     min_experts: int = 1
     max_dropped_mass: float | None = None
+    prune: float | tuple[int, ...] | None = None
+    criterion: Criterion = "aimer"
+    merge: bool = False
+    free_memory: bool = False
+    irreversible: bool = False
+    artifact: Artifact | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        counts = self.top_k if isinstance(self.top_k, tuple) else (self.top_k,)
-        ok = bool(counts) and all(count is None or count >= 1 for count in counts)
-        self.require("top_k", ok, "an integer of at least 1, or one a layer")
-        self.require("ratio", self.ratio is None or 0.0 <= self.ratio <= 1.0, "0 to 1")
-        self.require("mass", self.mass is None or 0.0 < self.mass <= 1.0, "0 < mass <= 1")
-        self.require("floor", self.floor is None or self.floor >= 0.0, "a number of at least 0")
+        self._require_all("top_k", lambda n: n >= 1, "an integer of at least 1, or one a layer")
+        self._require_all("ratio", lambda r: 0.0 <= r <= 1.0, "0 to 1, or one a layer")
+        self._require_all("mass", lambda m: 0.0 < m <= 1.0, "0 < mass <= 1, or one a layer")
+        self._require_all("floor", lambda f: f >= 0.0, "a number of at least 0, or one a layer")
         self.require("min_experts", self.min_experts >= 1, "an integer of at least 1")
         bound = self.max_dropped_mass
         self.require("max_dropped_mass", bound is None or 0.0 <= bound <= 1.0, "0 to 1")
+        least = 0 if isinstance(self.prune, tuple) else 0.0
+        most = float("inf") if isinstance(self.prune, tuple) else 1.0
+        wanted = "a share of 0 <= prune < 1, or a number of experts a layer"
+        self._require_all("prune", lambda n: least <= n < most, wanted)
+        wanted = f"one of {', '.join(map(repr, get_args(Criterion)))}"
+        self.require("criterion", self.criterion in get_args(Criterion), wanted)
+        for name in ("merge", "free_memory"):
+            ok = self.prunes or not getattr(self, name)
+            self.require(name, ok, "False, or a share to prune with it")
+        ok = self.free_memory or not self.irreversible
+        self.require("irreversible", ok, "False, or free_memory=True with it")
+
+    def _require_all(self, name: str, ok: Callable[[Any], bool], wanted: str) -> None:
+        value = getattr(self, name)
+        values = value if isinstance(value, tuple) else (value,)
+        fine = bool(values) and all(v is None or ok(v) for v in values)
+        self.require(name, fine, wanted)
 
     # -- settings ----------------------------------------------------------------------------
 
@@ -73,7 +117,16 @@ class ExpertSkip(Policy):
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
-        return ("experts",)
+        return ("router", "experts") if self.prunes else ("experts",)
+
+    @property
+    def prunes(self) -> bool:
+        """Whether experts are taken from the model as a whole."""
+        return self.prune is not None or bool(self._matrices)
+
+    @property
+    def _matrices(self) -> bool:
+        return self.artifact is not None and "merge.0" in self.artifact.tensors
 
     @property
     def ragged(self) -> bool:
@@ -86,17 +139,66 @@ class ExpertSkip(Policy):
         return "site" if self.ragged else "ahead"
 
     def acts(self, site: Site) -> frozenset[Effect]:
+        if site.kind == "router":
+            return frozenset({Effect.RESHAPE})
         return frozenset({Effect.REPLACE if self.ragged else Effect.RESHAPE})
+
+    def check(self, session: Any) -> list[str]:
+        if self.artifact is not None:
+            for root in session.roots:
+                self.artifact.check(policy=self.name, model=root.model)
+        return []
+
+    def install(self, session: Any) -> None:
+        if self.prunes:
+            _pruning.install(self, session)
+
+    def fit(
+        self,
+        model: Any,
+        data: Any,
+        *,
+        target: float | None = None,
+        resume: str | None = None,
+        progress: bool = True,
+        generations: int = 50,
+    ) -> Self:
+        """Find what the settings leave open, on ``data``: keyword arguments of a few calls of the
+        model, or token ids.
+
+        With one rule set (``ExpertSkip(mass=0.9)``), its number a layer, such that ``target``
+        experts are kept on average, where leaving out costs least. ``top_k`` needs no data: with
+        ``data=None`` the experts are tried on noise (LExI, arXiv 2509.02753).
+
+        With ``prune``, what ``criterion`` measures; and with a ``target``, a share of all experts,
+        how many go in each layer: EvoESAP's evolution (arXiv 2603.06003) over so many
+        ``generations``, the acceptance of the full model's tokens as fitness. ``resume`` keeps what
+        was tried.
+
+        Returns a policy with the numbers found and an artifact that says what for.
+        """
+        from accelerate_hooks.policies import _fitting
+
+        if self.prune is not None:
+            return _fitting.fit_pruning(self, model, data, target, generations, resume, progress)
+        return _fitting.fit_rule(self, model, data, target, progress)
+
+    def with_rule(self, rule: str, value: Any) -> Self:
+        return replace(self, **{rule: value})
 
     # -- one visit ---------------------------------------------------------------------------
 
     def around(self, call: Call) -> Any:
-        routing = call.routing
+        if call.site.kind == "router":
+            plan: Plan | None = call.known(lambda: None, "plan")
+            return call.proceed() if plan is None else route(call, plan)
         limit = self._limit(call)
-        if routing is None or (limit is None and not self.ragged):
+        if limit is None and not self.ragged:
             return call.proceed()
-        indices, weights = routing
-        if indices.ndim != 2 or indices.shape != weights.shape:
+        if call.routing is None:
+            return _lists.without(call, lambda i, w: self._slots(call, i, w, limit))
+        indices, weights = call.routing
+        if indices.ndim != 2 or indices.shape != weights.shape or indices.is_floating_point():
             call.inert(
                 f"expert_skip: {call.site.name} takes indices {tuple(indices.shape)} and weights "
                 f"{tuple(weights.shape)}, not [tokens, k] for both; its experts are left alone"
@@ -105,9 +207,7 @@ class ExpertSkip(Policy):
         return self._fewer(call, indices, weights, limit)
 
     def _limit(self, call: Call) -> int | None:
-        if not isinstance(self.top_k, tuple):
-            return self.top_k
-        return self.top_k[min(call.depth, len(self.top_k) - 1)]
+        return _at(self.top_k, call.depth)
 
     @uncompiled
     def _fewer(self, call: Call, indices: Tensor, weights: Tensor, limit: int | None) -> Any:
@@ -118,15 +218,14 @@ class ExpertSkip(Policy):
         order = weights.float().argsort(dim=-1, descending=True, stable=True)
         ranked = weights.gather(1, order)
         indices = indices.gather(1, order)
-        experts = self._experts(call)
         total = ranked.sum(-1, keepdim=True)
         if not self.ragged:
             some = self._renormalised(call, ranked[:, :count], total)
             call.note("narrowed", experts=float(count))
-            return self._narrowed(call, indices[:, :count], some, experts, k)
-        kept = self.keep(ranked, limit)
+            return self._narrowed(call, indices[:, :count], some, k)
+        kept = self.keep(ranked, limit, call.depth)
         some = self._renormalised(call, ranked * kept, total)
-        lost = 1.0 - (ranked * kept).sum(-1) / total.squeeze(-1)
+        lost = _lost(ranked * kept, total)
         counts = kept.sum(-1)
         mean, most, dropped, worst = call.read(
             counts.float().mean(), counts.max(), lost.float().mean(), lost.max()
@@ -136,42 +235,62 @@ class ExpertSkip(Policy):
             call.note("all kept", **numbers)
             return call.proceed()
         call.note("fewer experts", **numbers)
+        experts = self._experts(call)
         if experts is None:
             call.remark(
                 f"expert_skip: {type(call.site.module).__name__} is of a form that skip_experts "
                 "does not know; its tokens get as many slots as the one with most"
             )
             count = int(most)
-            return self._narrowed(call, indices[:, :count], some[:, :count], experts, k)
+            return self._narrowed(call, indices[:, :count], some[:, :count], k)
         return call.compute(lambda: self._skip(call, experts, indices, some, mean / k))
+
+    @uncompiled
+    def _slots(
+        self, call: Call, indices: Tensor, weights: Tensor, limit: int | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """For experts in a list: which slots are kept, and what all of them weigh then."""
+        weights, order = weights.sort(dim=-1, descending=True, stable=True)
+        kept = self.keep(weights, limit, call.depth)
+        total = weights.sum(-1, keepdim=True)
+        some = self._renormalised(call, weights * kept, total)
+        lost = _lost(weights * kept, total)
+        mean, dropped, worst = call.read(kept.sum(-1).float().mean(), lost.mean(), lost.max())
+        numbers = {"experts": mean, "dropped_mass": max(0.0, dropped), "dropped_most": worst}
+        call.note("all kept" if mean == indices.shape[1] else "fewer experts", **numbers)
+        if mean == indices.shape[1]:
+            return None
+        back = order.argsort(-1)
+        return kept.gather(-1, back), some.gather(-1, back)
 
     def _experts(self, call: Call) -> Experts | None:
         """The module's experts, if the kernel knows their form: tried once on the first visit."""
 
         def read() -> Experts | None:
             found = read_experts(call.site.module)
-            if found is None or not self.ragged or call.routing is None:
-                return found
+            if found is None or call.routing is None:
+                return None
             error = error_of(found, call.x, *call.routing, call.plain())
             return found if call.read(error)[0] <= 1.0 else None
 
         return call.known(read)
 
-    def keep(self, ranked: Tensor, limit: int | None) -> Tensor:
-        """Which of the weights ``[T, k]``, greatest first, are kept: bools, the first ones of each
-        row."""
+    def keep(self, ranked: Tensor, limit: int | None, depth: int = 0) -> Tensor:
+        """Which of the weights ``[T, k]``, greatest first, are kept in layer ``depth``: bools, the
+        first ones of each row, at most ``limit``."""
         k = ranked.shape[1]
         ranked = ranked.float()
         place = torch.arange(k, device=ranked.device)
-        share = ranked / ranked.sum(-1, keepdim=True)
+        share = ranked / ranked.sum(-1, keepdim=True).clamp(min=1e-30)
         before = share.cumsum(-1) - share
         kept = (place < (limit or k)).expand(ranked.shape)
-        if self.ratio is not None:
-            kept = kept & (ranked >= self.ratio * ranked[:, :1])
-        if self.mass is not None and self.mass < 1.0:
-            kept = kept & (before < self.mass)
-        if self.floor is not None:
-            kept = kept & (ranked >= self.floor)
+        ratio, mass, floor = (_at(v, depth) for v in (self.ratio, self.mass, self.floor))
+        if ratio is not None:
+            kept = kept & (ranked >= ratio * ranked[:, :1])
+        if mass is not None and mass < 1.0:
+            kept = kept & (before < mass)
+        if floor is not None:
+            kept = kept & (ranked >= floor)
         count = kept.cumprod(-1).sum(-1, keepdim=True).clamp(min=min(self.min_experts, k))
         if self.max_dropped_mass is not None:
             # with s kept, 1 - before[s] is lost; the last bit of a sum must not ask for one more
@@ -182,34 +301,41 @@ class ExpertSkip(Policy):
     def _renormalised(self, call: Call, weights: Tensor, total: Tensor) -> Tensor:
         """Kept weights, with the sum that all had where the router normalises."""
         seen: list[Tensor] = call.slot(list)  # least and greatest sum of this run, on the device
-        now = torch.stack((-total.amin(), total.amax())).float()
+        some = torch.where(total > 0, total, total.amax())  # a token may have no expert at all
+        now = torch.stack((-some.amin(), total.amax())).float()
         seen[:] = [torch.maximum(seen[0], now) if seen else now]
         least, most = -seen[0][0], seen[0][1]
         same = most - least < 1e-2 * most
         if len(total) == 1 and call.step.index == 0:  # one token tells nothing; one sum is known
             same = same & ((most - 1.0).abs() < 1e-2)
         factor = total / weights.sum(-1, keepdim=True)
-        return weights * torch.where(same, factor, torch.ones_like(factor))
+        return weights * torch.where(same & (total > 0), factor, torch.ones_like(factor))
 
-    def _narrowed(
-        self, call: Call, indices: Tensor, weights: Tensor, experts: Experts | None, k: int
-    ) -> Any:
-        spared = 0.0
-        if experts is not None:
-            spared = experts.flops * len(indices) * (k - indices.shape[1])
+    def _narrowed(self, call: Call, indices: Tensor, weights: Tensor, k: int) -> Any:
+        spared = slot_flops(call.site.module) * len(indices) * (k - indices.shape[1])
         routing = indices.contiguous(), weights.contiguous()
         return call.proceed(routing=routing, spared=spared)
 
     def _skip(
         self, call: Call, experts: Experts, indices: Tensor, weights: Tensor, share: float
     ) -> Tensor:
-        whole = experts.flops * indices.numel()
+        whole = slot_flops(call.site.module) * indices.numel()
         call.spare(whole * (1.0 - share), whole * share)
         before = FALLBACKS.copy()
         out = skip_experts(call.x, indices, weights, **experts.arguments)
         for (op, reason), _ in (FALLBACKS - before).items():
             call.remark(f"expert_skip: {op} runs without its fast kernel: {reason}")
         return out
+
+
+def _lost(kept: Tensor, total: Tensor) -> Tensor:
+    """The share of each token's mass that is not kept."""
+    return 1.0 - (kept.sum(-1, keepdim=True) / total).nan_to_num(1.0).squeeze(-1).float()
+
+
+def _at(setting: T | tuple[T, ...], depth: int) -> T:
+    """Of a layer; the last number holds for all that come after."""
+    return setting[min(depth, len(setting) - 1)] if isinstance(setting, tuple) else setting
 
 
 opaque_functions(globals())

@@ -91,7 +91,7 @@ class Stage:
 STAGES = (
     Stage(1200, 4, (0.6, 1.2), anneal=False),
     Stage(3300, FRAMES, (0.6, 1.2), anneal=True),
-    Stage(7200, FRAMES, (2.0, 1.5), anneal=True),
+    Stage(5700, FRAMES, (2.0, 1.5), anneal=True),
 )
 """The last one is for the path. A digit of some 60 pixels of ink, 4 deviations bright, stands out
 of the noise of one frame by ``4 * 60 ** 0.5 * (1 - s) / s``: 1.6 at s = 0.95. So where it is in

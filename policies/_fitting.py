@@ -1,0 +1,134 @@
+"""Fitting of ExpertSkip: the numbers of a rule a layer, or which experts go and how many where."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from accelerate_hooks.artifact import Artifact
+from accelerate_hooks.enable import enable
+from accelerate_hooks.errors import SpecError, UnsupportedModelError
+from accelerate_hooks.opaque import opaque_functions
+from accelerate_hooks.policies._evolving import acceptance, evolve
+from accelerate_hooks.policies._hull import split
+from accelerate_hooks.policies._pruning import Layer, mixtures
+from accelerate_hooks.policies._routers import chosen
+from accelerate_hooks.policies._watching import Seen, Watch, look, thresholds, watch
+
+RULES = ("top_k", "ratio", "mass", "floor")
+_NOISE = 256  # tokens of noise a layer for LExI
+
+
+def fit_rule(policy: Any, model: nn.Module, data: Any, target: float | None, progress: bool) -> Any:
+    """The rule that is set, with a number a layer: of all splits of the budget the one that changes
+    the residual stream least, each layer by itself."""
+    rules = [name for name in RULES if getattr(policy, name) is not None]
+    if len(rules) != 1 or target is None:
+        raise SpecError(
+            f"expert_skip: fit finds the numbers of one rule for a target, and {len(rules)} are "
+            f"set, target={target!r}; give one of {', '.join(RULES)} and a mean number of experts"
+        )
+    rule = rules[0]
+    if data is None and rule == "top_k":
+        seen = _on_noise(policy, model, rule)
+    elif data is None:
+        raise SpecError(f"expert_skip: {rule} is fitted on data; only top_k can do without")
+    else:
+        seen = watch(policy, model, data, rule, progress)
+    names, curves = list(seen), []
+    for name in names:
+        s = seen[name]
+        cost, error = (v[rule].tolist() for v in (s.kept, s.error))
+        curves.append(([c / s.tokens for c in cost], [-e / s.scale for e in error]))
+    k = curves[0][0][-1]
+    if not curves[0][0][0] <= target <= k + 1e-9:
+        raise SpecError(
+            f"expert_skip: target={target!r} experts is out of range; {rule} keeps "
+            f"{curves[0][0][0]:.2f} to {k:.2f} here"
+        )
+    places = split(curves, target * len(curves))
+    values = thresholds(rule, round(k))
+    numbers = tuple(values[p] for p in places)
+    kept = [cost[p] for (cost, _), p in zip(curves, places, strict=True)]
+    artifact = Artifact.create(
+        {"kept": torch.tensor(kept), "thresholds": torch.tensor(numbers, dtype=torch.float64)},
+        policy=policy.name, model=_model_of(model), rule=rule, target=target, layers=names,
+        tokens=seen[names[0]].tokens,
+    )  # fmt: skip
+    return replace(policy, **{rule: numbers}, artifact=artifact)
+
+
+def _on_noise(policy: Any, model: nn.Module, rule: str) -> dict[str, Seen]:
+    """LExI: every mixture by itself on normal tokens, ``X ~ N(0, 1)``."""
+    seen = {}
+    for layer in _layers(model):
+        generator = torch.Generator().manual_seed(0)
+        weight = next(layer.router.module.parameters())
+        x = torch.randn(_NOISE, weight.shape[-1], generator=generator).to(weight)
+        with torch.no_grad():
+            routing = chosen(layer.router.module(x))
+            if routing is None:
+                raise UnsupportedModelError(
+                    f"expert_skip: {layer.router.name} gives no weights and indices for tokens "
+                    "[T, H]; fit top_k on data"
+                )
+            indices, weights = routing
+            one = torch.ones_like(weights[:, :1])
+            ys = [
+                layer.experts.module(x, indices[:, s : s + 1].contiguous(), one)
+                for s in range(indices.shape[1])
+            ]
+        seen[layer.experts.name] = look(
+            policy, rule, torch.stack(ys, 1), indices, weights, layer.count
+        )
+    return seen
+
+
+def fit_pruning(
+    policy: Any, model: nn.Module, data: Any, target: float | None, generations: int,
+    resume: str | None, progress: bool,
+) -> Any:  # fmt: skip
+    """What the criteria measure on ``data``; with a target, how many experts go in each layer."""
+    items = list(data or ())
+    seen = watch(policy, model, items, None, progress)
+    tensors: dict[str, Tensor] = {
+        f"{name}.{i}": values
+        for i, s in enumerate(seen.values())
+        for name, values in s.scores().items()
+    }
+    made_for = {"policy": policy.name, "model": _model_of(model), "layers": list(seen)}
+    fitted = replace(policy, artifact=Artifact.create(tensors, **made_for))
+    if target is None:
+        return fitted
+    if not 0.0 < target < 1.0:
+        raise SpecError(f"expert_skip: target={target!r} is out of range; give a share, 0 to 1")
+    layers = _layers(model)
+    most = [layer.count - (layer.top_k or 1) for layer in layers]
+    total = int(target * sum(layer.count for layer in layers) + 1e-9)
+    masked = replace(fitted, merge=False, free_memory=False, irreversible=False)
+    plan, tried = evolve(
+        acceptance(model, lambda plan: replace(masked, prune=plan), items), most, total,
+        generations=generations, resume=resume, progress=progress,
+    )  # fmt: skip
+    artifact = Artifact.create(
+        tensors, **made_for, target=target, removed=list(plan), esap=tried[plan], tried=len(tried)
+    )
+    return replace(fitted, prune=plan, artifact=artifact)
+
+
+def _layers(model: nn.Module) -> list[Layer]:
+    from accelerate_hooks.policies.expert_skip import ExpertSkip
+
+    with enable(model, ExpertSkip(prune=0.0)) as session:
+        return mixtures(session.sites)
+
+
+def _model_of(target: Any) -> nn.Module:
+    with enable(target, Watch()) as session:
+        return session.roots[0].model
+
+
+opaque_functions(globals())

@@ -1,0 +1,182 @@
+"""What the experts of a model do on some data: who is asked, how much each gives, and what leaving
+slots out would cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from accelerate_hooks.call import Call
+from accelerate_hooks.enable import enable
+from accelerate_hooks.errors import SpecError
+from accelerate_hooks.opaque import opaque_functions
+from accelerate_hooks.policies._pruning import per_expert
+from accelerate_hooks.policy import Policy
+from accelerate_hooks.site import Effect, Kind, Site
+
+GRID = tuple(i / 64 for i in range(65))
+"""Thresholds that are tried."""
+
+_TOKENS = 2048  # whose outputs, a slot each, are held at a time
+
+
+@dataclass
+class Seen:
+    """Of one layer, sums over tokens; `[E]` by expert and `[settings]` by rule.
+
+    asked: how often; weight: of the router; norm: of the expert's output; both: their product.
+    kept, error: a rule's mean number of experts, and the square of what leaving out the others
+    changes, of ``scale``, the square of the residual stream (of the output where there is none).
+    """
+
+    tokens: float
+    scale: float
+    asked: Tensor
+    weight: Tensor
+    norm: Tensor
+    both: Tensor
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    error: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, other: Seen) -> None:
+        for name in ("tokens", "scale", "asked", "weight", "norm", "both"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for mine, theirs in ((self.kept, other.kept), (self.error, other.error)):
+            for rule, values in theirs.items():
+                mine[rule] = mine[rule] + values
+
+    def scores(self) -> dict[str, Tensor]:
+        """Of each expert ``[E]``, the greater the more it is missed: how often it is asked; the
+        mean weight over all tokens; the sum of its outputs' norms (EAN); the mean of weight times
+        norm over those that ask it (REAP, arXiv 2510.13999)."""
+        return {
+            "frequency": self.asked / self.tokens,
+            "router_weight": self.weight / self.tokens,
+            "activation_norm": self.norm / self.tokens,
+            "reap": self.both / self.asked.clamp(min=1),
+        }
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Watch(Policy):
+    """Looks at experts as ``policy`` would leave them out by ``rule``, and computes all."""
+
+    name: ClassVar[str] = "expert_skip_watch"
+    policy: Any = None
+    rule: str | None = None
+    seen: dict[str, Seen] = field(default_factory=dict)
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        return ("experts", "block")
+
+    @classmethod
+    def exact(cls) -> Self:
+        return cls()
+
+    example = exact
+
+    def acts(self, site: Site) -> frozenset[Effect]:
+        wanted = site.kind == "experts" or "experts" in site.parts
+        return frozenset({Effect.OBSERVE}) if wanted else frozenset()
+
+    def around(self, call: Call) -> Any:
+        if call.site.kind == "block":
+            stream: dict[str, Tensor] = call.slot(dict, scope="run")
+            stream["x"] = call.x.detach()
+            return call.proceed()
+        if call.routing is not None and call.routing[0].ndim == 2:
+            self._look(call, *call.routing, call.slot(dict, scope="run").get("x"))
+        return call.proceed()
+
+    def _look(self, call: Call, indices: Tensor, weights: Tensor, stream: Tensor | None) -> None:
+        one = torch.ones_like(weights[:, :1])
+        slots = [
+            call.plain(routing=(indices[:, s : s + 1].contiguous(), one))
+            for s in range(indices.shape[1])
+        ]
+        ys = torch.stack([y.detach() for y in slots], 1)
+        count = call.known(lambda: len(per_expert(call.site.module)))
+        seen = look(self.policy, self.rule, ys, indices, weights, count)
+        if stream is not None:
+            seen.scale = stream.double().square().sum().item()
+        name = call.site.name
+        if name in self.seen:
+            self.seen[name].add(seen)
+        else:
+            self.seen[name] = seen
+
+
+def look(
+    policy: Any, rule: str | None, ys: Tensor, indices: Tensor, weights: Tensor, count: int
+) -> Seen:
+    """``ys`` ``[T, k, H]``: what each slot's expert gives, at weight 1."""
+    asked = torch.zeros(count, dtype=torch.float64)
+    sums = {"weight": asked.clone(), "norm": asked.clone(), "both": asked.clone()}
+    valid = (indices >= 0) & (indices < count)
+    places, w = indices[valid].cpu(), weights[valid].double().cpu()
+    norm = ys.float().norm(dim=-1)[valid].double().cpu()
+    asked.index_add_(0, places, torch.ones_like(w))
+    for name, values in (("weight", w), ("norm", norm), ("both", w * norm)):
+        sums[name].index_add_(0, places, values)
+    whole = torch.einsum("tkh,tk->th", ys.float(), weights.float())
+    seen = Seen(float(len(ys)), whole.double().square().sum().item(), asked, **sums)
+    if rule is not None:
+        settings = thresholds(rule, indices.shape[1])
+        order = weights.float().argsort(dim=-1, descending=True, stable=True)
+        ranked = weights.float().gather(1, order)
+        total = ranked.sum(-1, keepdim=True)
+        same = bool(total.max() - total.min() < 1e-2 * total.max())
+        kept, error = [], []
+        for value in settings:
+            mask = policy.with_rule(rule, value).keep(ranked, value if rule == "top_k" else None)
+            some = ranked * mask
+            if same:
+                some = some * (total / some.sum(-1, keepdim=True))
+            change = torch.zeros_like(ranked).scatter(1, order, ranked - some)
+            lost = sum(
+                torch.einsum("tkh,tk->th", y.float(), c).double().square().sum().item()
+                for y, c in zip(ys.split(_TOKENS), change.split(_TOKENS), strict=True)
+            )
+            kept.append(mask.sum(dtype=torch.float64).item())
+            error.append(lost)
+        seen.kept[rule] = torch.tensor(kept, dtype=torch.float64)
+        seen.error[rule] = torch.tensor(error, dtype=torch.float64)
+    return seen
+
+
+def thresholds(rule: str, k: int) -> Sequence[Any]:
+    """The settings of a rule that are tried, from the fewest experts to all."""
+    if rule == "top_k":
+        return range(1, k + 1)
+    return GRID[1:] if rule == "mass" else GRID[::-1]
+
+
+def watch(
+    policy: Any, model: nn.Module, data: Iterable[Any], rule: str | None, progress: bool
+) -> dict[str, Seen]:
+    """What `Watch` sees over the calls of ``data``, by the name of the site."""
+    from tqdm import tqdm
+
+    items = list(data)
+    if not items:
+        raise SpecError("expert_skip: fit needs at least one item in data")
+    seen: dict[str, Seen] = {}
+    with enable(model, Watch(policy=policy, rule=rule, seen=seen)), torch.no_grad():
+        for item in tqdm(items, desc="experts", disable=not progress):
+            forward(model, item)
+    if not seen:
+        raise SpecError("expert_skip: no experts were asked on this data")
+    return seen
+
+
+def forward(model: nn.Module, item: Any) -> Any:
+    """One call: ``item`` is keyword arguments, or the token ids themselves."""
+    return model(**item) if isinstance(item, dict) else model(item)
+
+
+opaque_functions(globals())

@@ -1,0 +1,379 @@
+"""ExpertSkip with fewer experts in the model: hidden, taken out, merged, searched."""
+
+import copy
+import itertools
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import TINY
+
+from accelerate_hooks import ExpertSkip, SpecError, enable
+from accelerate_hooks.artifact import Artifact
+from accelerate_hooks.errors import ArtifactError, UnsupportedModelError
+from accelerate_hooks.policies._evolving import evolve
+from accelerate_hooks.policies._hull import split
+from accelerate_hooks.policies._pruning import aimer, mixtures, nearest
+from accelerate_hooks.policies._surgery import mixed
+
+FAMILIES = (
+    "mixtral", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v3", "granitemoe", "qwen2_moe", "phimoe",
+    "deepseek_v2", "glm4_moe", "hunyuan_moe", "ernie4_5_moe",
+)  # fmt: skip
+
+
+def tiny(name="qwen3_moe"):
+    return TINY[name].build(), TINY[name].inputs(2)
+
+
+def run(model, inputs, policy=None):
+    with torch.no_grad():
+        if policy is None:
+            return model(**inputs).logits
+        with enable(model, policy):
+            return model(**inputs).logits
+
+
+# -- hidden and taken out --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_hiding_and_taking_out_are_the_same_and_leave_no_trace(name):
+    model, inputs = tiny(name)
+    plain, before = run(model, inputs), dict(model.named_parameters())
+    hidden = run(model, inputs, ExpertSkip(prune=0.25))
+    assert not torch.equal(hidden, plain)
+    assert torch.equal(run(model, inputs, ExpertSkip(prune=0.25, free_memory=True)), hidden)
+    assert torch.equal(run(model, inputs), plain)
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys() and all(after[n] is before[n] for n in before)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "olmoe"])
+def test_hiding_is_a_model_without_these_experts(name):
+    """In float64, against a smaller model of the class that was given the rows that are left."""
+    model, inputs = tiny(name)
+    model.double().set_experts_implementation("eager")  # the only one in float64
+    with enable(model, ExpertSkip(prune=0.4, free_memory=True)) as session:
+        layers = mixtures(session.sites)
+        kept = [(~session.record(x.router).facts["known", 0, "plan"].hidden) for x in layers]
+    config = copy.deepcopy(model.config)
+    key = "num_local_experts" if hasattr(config, "num_local_experts") else "num_experts"
+    setattr(config, key, int(kept[0].sum()))
+    small = type(model)(config).double().eval()
+    small.set_experts_implementation("eager")
+    state = model.state_dict()
+    for layer, keep in zip(layers, kept, strict=True):
+        for site in (layer.router, layer.experts):
+            for n in dict(site.module.named_parameters()):
+                state[f"{site.path}.{n}"] = state[f"{site.path}.{n}"][keep]
+    small.load_state_dict(state)
+    wanted = run(small, inputs)
+    got = run(model, inputs, ExpertSkip(prune=0.4))
+    assert (got - wanted).norm() <= 1e-12 * wanted.norm()
+
+
+@given(st.permutations(range(6)))
+@settings(max_examples=8)
+def test_the_numbers_of_the_experts_do_not_matter(order):
+    model, inputs = tiny()
+    wanted = run(model, inputs, ExpertSkip(prune=0.34))
+    with enable(model, ExpertSkip(prune=0.34)) as session:
+        layers = mixtures(session.sites)
+    with torch.no_grad():
+        for layer in layers:
+            for p in (*layer.router.module.parameters(), *layer.experts.module.parameters()):
+                p.copy_(p[list(order)])
+    got = run(model, inputs, ExpertSkip(prune=0.34))
+    assert (got - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+def test_rules_work_on_what_is_left():
+    model, inputs = tiny()
+    for rule in ({"top_k": 2}, {"ratio": 0.8}, {"mass": 0.6}):
+        hidden = run(model, inputs, ExpertSkip(prune=0.25, **rule))
+        gone = run(model, inputs, ExpertSkip(prune=0.25, free_memory=True, **rule))
+        assert (hidden - gone).norm() <= 1e-5 * hidden.norm()
+        assert (hidden - run(model, inputs, ExpertSkip(prune=0.25))).norm() > 0
+
+
+def test_copies_pickles_and_files_hold_all_experts():
+    model, inputs = tiny()
+    plain = run(model, inputs)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    with torch.no_grad(), enable(model, ExpertSkip(prune=0.25, free_memory=True)) as session:
+        run_pruned = model(**inputs).logits
+        state = model.state_dict()
+        assert state.keys() == before.keys()
+        assert all(torch.equal(state[n], before[n]) for n in before)
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(twin(**inputs).logits, plain)
+        assert torch.equal(model(**inputs).logits, run_pruned)
+        assert "MB of parameters less" in str(session.report())
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, plain)
+
+
+def test_a_change_of_dtype_while_experts_are_out_reaches_them():
+    model, inputs = tiny()
+    with enable(model, ExpertSkip(prune=0.25, free_memory=True)):
+        model.bfloat16()
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    run(model, inputs)
+
+
+def test_what_is_deleted_is_told():
+    model, inputs = tiny()
+    policy = ExpertSkip(prune=0.25, free_memory=True, irreversible=True)
+    with torch.no_grad(), enable(model, policy) as session:
+        wanted = run(*tiny(), ExpertSkip(prune=0.25))
+        assert torch.equal(model(**inputs).logits, wanted)
+        assert "deleted" in str(session.report())
+        for use in (copy.deepcopy, pickle.dumps, lambda m: m.state_dict()):
+            with pytest.raises(UnsupportedModelError, match="irreversible=True has deleted"):
+                use(model)
+    with torch.no_grad(), pytest.raises(UnsupportedModelError, match="load the model again"):
+        model(**inputs)
+
+
+def test_a_token_is_always_given_as_many_experts_as_it_asks():
+    model, _ = tiny()
+    for prune in (0.5, (3, 0, 0, 0)):
+        with pytest.raises(SpecError, match="take at most 2"):
+            enable(model, ExpertSkip(prune=prune))
+    with pytest.raises(SpecError, match="has 2 numbers, this model 4"):
+        enable(model, ExpertSkip(prune=(1, 1)))
+
+
+def test_the_router_gives_its_logits_for_all():
+    model, inputs = tiny()
+    with torch.no_grad(), enable(model, ExpertSkip(prune=0.25, free_memory=True)):
+        out = model(**inputs, output_router_logits=True)
+    assert all(x.shape[-1] == 6 for x in out.router_logits) and torch.isfinite(out.aux_loss)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"prune": 1.0}, "0 <= prune < 1"),
+        ({"prune": (-1, 0)}, "0 <= prune < 1"),
+        ({"merge": True}, "a share to prune"),
+        ({"free_memory": True}, "a share to prune"),
+        ({"prune": 0.5, "irreversible": True}, "free_memory=True"),
+        ({"prune": 0.5, "criterion": "magnitude"}, "criterion"),
+    ],
+)
+def test_settings_are_checked(settings, words):
+    with pytest.raises(SpecError, match=words):
+        ExpertSkip(**settings)
+
+
+# -- criteria --------------------------------------------------------------------------------------
+
+
+def test_aimer_is_its_formula():
+    x = torch.randn(40, 30, generator=torch.Generator().manual_seed(0))
+    parts = [x[:10], x[10:].reshape(50, 18)]
+    wanted = x.double().abs().mean() / x.double().square().mean().sqrt()
+    assert torch.isclose(aimer(parts), wanted, rtol=1e-6)
+    assert torch.isclose(aimer([x * 7]), aimer([x]), rtol=1e-6)
+    assert aimer([torch.ones(5, 5)]) == 1 and aimer([torch.zeros(5, 5)]) == 0
+
+
+def test_what_data_shows_is_what_a_slow_count_shows():
+    model, inputs = tiny()
+    fitted = ExpertSkip(prune=0.25, criterion="reap").fit(model, [inputs], progress=False)
+    path, module = next((n, m) for n, m in model.named_modules() if n.endswith(".experts"))
+    seen = []
+    handle = module.register_forward_hook(lambda m, args, out: seen.append(args))
+    run(model, inputs)
+    handle.remove()
+    hidden, indices, weights = seen[0]
+    asked, weight, norm, both = torch.zeros(4, 6, dtype=torch.float64)
+    for t, s in itertools.product(range(len(hidden)), range(indices.shape[1])):
+        e, one = int(indices[t, s]), torch.ones(1, 1)
+        with torch.no_grad():
+            y = module(hidden[t : t + 1], indices[t : t + 1, s : s + 1], one).double().norm()
+        asked[e] += 1
+        weight[e] += weights[t, s].double()
+        norm[e] += y
+        both[e] += weights[t, s] * y
+    wanted = {
+        "frequency": asked / len(hidden),
+        "router_weight": weight / len(hidden),
+        "activation_norm": norm / len(hidden),
+        "reap": both / asked.clamp(min=1),
+    }
+    assert path in fitted.artifact.meta["layers"][0]
+    for name, values in wanted.items():
+        assert torch.allclose(fitted.artifact.tensors[f"{name}.0"], values, rtol=1e-4), name
+
+
+def test_criteria_that_need_data_say_so():
+    model, _ = tiny()
+    with pytest.raises(ArtifactError, match="fit\\(model, data\\)"):
+        enable(model, ExpertSkip(prune=0.25, criterion="reap"))
+
+
+# -- merging ---------------------------------------------------------------------------------------
+
+
+def test_merging_leaves_the_better_half_untouched():
+    model, _ = tiny()
+    with enable(model, ExpertSkip(prune=0.0)) as session:
+        layer = mixtures(session.sites)[0]
+    scores, kept = torch.tensor([5.0, 1, 2, 6, 3, 4]), torch.tensor([0, 3, 4, 5])
+    matrix = nearest(layer, kept, scores, torch.tensor([1.0, 2, 3, 4, 5, 6]))
+    assert torch.allclose(matrix.sum(1), torch.ones(4, dtype=torch.float64))
+    assert matrix[0].tolist() == [1, 0, 0, 0, 0, 0] and matrix[1].tolist() == [0, 0, 0, 1, 0, 0]
+    rows = torch.nn.functional.normalize(layer.router.module.weight.detach(), dim=-1)
+    for lost in (1, 2):
+        into = 2 + int((rows[[4, 5]] @ rows[lost]).argmax())
+        assert matrix[into, lost] > 0 and (matrix[:, lost] > 0).sum() == 1
+
+
+def eep(model, matrices, route=None):
+    tensors = {f"merge.{i}": m for i, m in enumerate(matrices)}
+    tensors |= {f"route.{i}": m for i, m in enumerate(matrices if route is None else route)}
+    return ExpertSkip(artifact=Artifact.create(tensors, policy="expert_skip", model=model))
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "olmoe"])
+def test_matrices_that_change_nothing_change_nothing(name):
+    model, inputs = tiny(name)
+    plain = run(model, inputs)
+    got = run(model, inputs, eep(model, [torch.eye(6)] * 4))
+    assert (got - plain).norm() <= 1e-5 * plain.norm()
+    assert torch.equal(run(model, inputs), plain)
+
+
+def test_matrices_of_ones_are_pruning():
+    """Rows of one 1 each: the experts of hiding, and its softmax brought back to the same sum."""
+    model, inputs = tiny("mixtral")
+    with enable(model, ExpertSkip(prune=0.34)) as session:
+        layers = mixtures(session.sites)
+        kept = [~session.record(x.router).facts["known", 0, "plan"].hidden for x in layers]
+    wanted = run(model, inputs, ExpertSkip(prune=0.34))
+    got = run(model, inputs, eep(model, [torch.eye(6)[keep] for keep in kept]))
+    assert (got - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+def test_new_experts_are_the_averages_that_the_matrix_says():
+    generator = torch.Generator().manual_seed(0)
+    parameter = torch.randn(6, 5, 7, generator=generator)
+    matrix = torch.rand(4, 6, generator=generator) * (torch.rand(4, 6, generator=generator) < 0.5)
+    matrix[2] = torch.eye(6)[3]
+    got = mixed(parameter, matrix)
+    assert torch.allclose(got, torch.einsum("ij,jab->iab", matrix, parameter), atol=1e-6)
+    assert torch.equal(got[2], parameter[3])
+
+
+def test_wrong_matrices_are_refused():
+    model, _ = tiny()
+    for matrices, words in (
+        ([torch.eye(6)] * 3, "no matrices merge.3"),
+        ([torch.eye(5)] * 4, "has 6 experts"),
+        ([torch.eye(6)[:2]] * 4, "asks 4"),
+    ):
+        with pytest.raises(ArtifactError, match=words):
+            enable(model, eep(model, matrices))
+
+
+# -- fitting ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", [{"ratio": 0.5}, {"mass": 0.5}, {"floor": 0.1}, {"top_k": 1}])
+def test_a_fitted_rule_keeps_what_was_asked(rule):
+    model, inputs = tiny()
+    target = 2.0
+    fitted = ExpertSkip(**rule).fit(model, [inputs], target=target, progress=False)
+    (name,) = rule
+    assert isinstance(getattr(fitted, name), tuple) and len(getattr(fitted, name)) == 4
+    kept = fitted.artifact.tensors["kept"]
+    assert target - 0.6 <= kept.mean() <= target + 1e-6
+    with torch.no_grad(), enable(model, fitted) as session:
+        model(**inputs)
+        visits = [v["numbers"].get("experts", 4.0) for v in session.report().steps]
+    assert abs(visits[0] - kept[0]) < 1e-5  # later layers see what the first have changed
+
+
+def test_top_k_is_found_without_data():
+    model, _ = tiny()
+    fitted = ExpertSkip(top_k=1).fit(model, None, target=2.5)
+    assert sum(fitted.top_k) == 10 and all(1 <= k <= 4 for k in fitted.top_k)
+
+
+def test_a_fitted_policy_is_for_its_model():
+    model, inputs = tiny()
+    fitted = ExpertSkip(mass=0.5).fit(model, [inputs], target=2.0, progress=False)
+    with pytest.raises(ArtifactError, match="made for"):
+        enable(tiny("olmoe")[0], fitted)
+
+
+@pytest.mark.parametrize(
+    ("policy", "given_", "words"),
+    [
+        (ExpertSkip(), {"target": 2.0}, "one rule"),
+        (ExpertSkip(mass=0.5, ratio=0.5), {"target": 2.0}, "one rule"),
+        (ExpertSkip(mass=0.5), {}, "target=None"),
+        (ExpertSkip(mass=0.5), {"target": 9.0}, "out of range"),
+        (ExpertSkip(prune=0.2), {"target": 2.0}, "give a share"),
+    ],
+)
+def test_fitting_says_what_it_lacks(policy, given_, words):
+    model, inputs = tiny()
+    with pytest.raises(SpecError, match=words):
+        policy.fit(model, [inputs], progress=False, **given_)
+
+
+@given(st.data())
+def test_the_split_of_a_budget_is_the_best_of_all(data):
+    curves = []
+    for _ in range(data.draw(st.integers(1, 4))):
+        steps = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
+        drops = sorted(
+            data.draw(st.lists(st.floats(0, 5), min_size=len(steps), max_size=len(steps)))
+        )
+        cost = list(itertools.accumulate([1] * (len(steps) + 1)))
+        gain = list(itertools.accumulate([0.0, *reversed(drops)]))
+        curves.append((cost, gain))
+    budget = data.draw(st.integers(len(curves), 16))
+    places = split(curves, budget)
+    spent = sum(cost[p] for (cost, _), p in zip(curves, places, strict=True))
+    got = sum(gain[p] for (_, gain), p in zip(curves, places, strict=True))
+    best = max(
+        sum(gain[p] for (_, gain), p in zip(curves, some, strict=True))
+        for some in itertools.product(*(range(len(c)) for c, _ in curves))
+        if sum(cost[p] for (cost, _), p in zip(curves, some, strict=True)) <= budget
+    )
+    assert spent <= budget and got >= best - 1e-9
+
+
+def test_evolution_finds_a_known_best_and_goes_on_where_it_was(tmp_path):
+    best, asked = (8, 0, 3, 5, 0, 0), []
+
+    def fitness(plan):
+        asked.append(plan)
+        return -sum((a - b) ** 2 for a, b in zip(plan, best, strict=True))
+
+    given_ = {"most": [8] * 6, "total": 16, "generations": 30, "progress": False}
+    path = str(tmp_path / "plans.json")
+    plan, tried = evolve(fitness, **given_, resume=path)
+    assert plan == best and len(asked) == len(set(asked)) == len(tried)
+    assert all(sum(p) == 16 and all(0 <= v <= 8 for v in p) for p in asked)
+    before = len(asked)
+    assert evolve(fitness, **given_, resume=path)[0] == best and len(asked) == before
+    with pytest.raises(SpecError, match="another budget"):
+        evolve(fitness, **(given_ | {"total": 15}), resume=path)
+    with pytest.raises(SpecError, match="smaller target"):
+        evolve(fitness, [1, 1], 3)
+
+
+def test_budgets_of_a_model_are_searched_by_acceptance():
+    model, inputs = tiny()
+    policy = ExpertSkip(prune=0.2, criterion="frequency")
+    fitted = policy.fit(model, [inputs], target=0.2, generations=2, progress=False)
+    assert sum(fitted.prune) == 4 and 0 < fitted.artifact.meta["esap"] < 1
+    run(model, inputs, fitted)
