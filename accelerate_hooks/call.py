@@ -248,12 +248,18 @@ class Call:
             facts[key] = make()
         return facts[key]
 
-    def plain(self, *, routing: tuple[torch.Tensor, torch.Tensor] | None = None) -> Any:
-        """What the site itself makes of its arguments (at experts, of other ``routing``), beside
-        the visit: no policy inside is asked, nothing is counted. Costs a visit."""
+    def plain(
+        self,
+        x: torch.Tensor | None = None,
+        *,
+        routing: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> Any:
+        """What the site itself makes of its arguments (of another ``x``; at experts, of other
+        ``routing``), beside the visit: no policy inside is asked, nothing is counted. Costs a
+        visit."""
         args, kwargs = self._args, self._kwargs
-        if routing is not None:
-            args, kwargs = self._with(None, None, routing)
+        if x is not None or routing is not None:
+            args, kwargs = self._with(x, None, routing)
         with self.beside():
             return self._frame.plain(self._seam, args, kwargs)
 

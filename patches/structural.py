@@ -2,7 +2,8 @@
 
 Blocks are the entries of the innermost module lists whose entries hold an attention beside
 something else; attention and MLP are found inside them by class and name, experts by their
-signature. Ports are guessed from names and confirmed (blocks) by watching a forward.
+signature, or as a list beside a router. Ports are guessed from names and confirmed (blocks) by
+watching a forward.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ _MLP = re.compile(
 )
 _INPUTS = ("hidden_states", "sample", "input_ids", "pixel_values", "input_features", "input_values")
 _CONTEXTS = ("encoder_hidden_states",)
+_ROUTERS = ("gate", "router")
 
 
 class StructuralPatch(Patch):
@@ -97,17 +99,23 @@ def inside(block: nn.Module) -> Iterator[tuple[Kind, str, nn.Module]]:
     for name, module in block.named_modules():
         if not name or any(name.startswith(f"{d}.") for d in done):
             continue
-        kind = kind_of(name.rpartition(".")[2], module)
+        around, _, last = name.rpartition(".")
+        kind = kind_of(last, module)
+        if last in _ROUTERS and hasattr(block.get_submodule(around), "experts"):
+            kind = "router"
+        if around.rpartition(".")[2] == "experts":  # one of a list: it gets the rows of some tokens
+            kind = None
+            done.append(name)
         if kind is None:
             continue
-        if kind != "mlp" or not _holds_experts(module):
+        if kind not in ("mlp", "experts") or not _holds_experts(module):
             done.append(name)
         yield kind, name, module
 
 
 def kind_of(name: str, module: nn.Module) -> Kind | None:
     cls = type(module).__name__
-    if name == "experts" and len(parameters(module)) >= 3:
+    if _calls_a_list(module) or (name == "experts" and len(parameters(module)) >= 3):
         return "experts"
     if "router" in cls.lower():
         return "router"
@@ -120,7 +128,17 @@ def kind_of(name: str, module: nn.Module) -> Kind | None:
 
 
 def _holds_experts(module: nn.Module) -> bool:
-    return any(name == "experts" for name, _ in module.named_children())
+    return any(name.rpartition(".")[2] == "experts" for name, _ in module.named_modules())
+
+
+def _calls_a_list(module: nn.Module) -> bool:
+    """It has a router and calls the experts of a plain list one by one."""
+    experts = getattr(module, "experts", None)
+    return (
+        type(experts) is nn.ModuleList
+        and len(experts) > 1
+        and any(isinstance(getattr(module, name, None), nn.Module) for name in _ROUTERS)
+    )
 
 
 def _projections(module: nn.Module) -> int:
@@ -158,15 +176,15 @@ def port(module: nn.Module, kind: Kind) -> Port:
     x = next((n for n in _INPUTS if n in keywords), names[0] if names else "hidden_states")
     context = next((n for n in _CONTEXTS if n in keywords and n != x), None)
     routing: Any = None
-    if kind == "experts":
+    if kind == "experts" and not _calls_a_list(module):
         index = next((n for n in names if "ind" in n), None)
         weight = next((n for n in names if "weight" in n or "score" in n), None)
-        routing = (index, weight) if index and weight else None
+        routing = (index, weight) if index and weight else names[1:3]
     return Port(
         names,
         x,
         context,
         residual=kind == "block",
-        row="token" if kind in ("experts", "router") else "batch",
+        row="token" if kind == "router" or routing is not None else "batch",
         routing=routing,
     )

@@ -43,8 +43,8 @@ class ExpertSkip(Policy):
 
     ``top_k`` narrows what the model's own experts are given. The other rules keep another number of
     experts for each token, and run `kernels.skip_experts`, in which a slot that is left out costs
-    nothing; experts of a form that it does not know get as many slots as the token with most, the
-    others weighed with zero.
+    nothing; experts of a form that it does not know run in turn for the tokens that keep one
+    expert, two, and so on.
 
     Once, at ``enable``:
 
@@ -198,7 +198,8 @@ class ExpertSkip(Policy):
         if call.routing is None:
             return _lists.without(call, lambda i, w: self._slots(call, i, w, limit))
         indices, weights = call.routing
-        if indices.ndim != 2 or indices.shape != weights.shape or indices.is_floating_point():
+        fine = indices.ndim == call.x.ndim == 2 and not indices.is_floating_point()
+        if not fine or indices.shape != weights.shape:
             call.inert(
                 f"expert_skip: {call.site.name} takes indices {tuple(indices.shape)} and weights "
                 f"{tuple(weights.shape)}, not [tokens, k] for both; its experts are left alone"
@@ -213,23 +214,26 @@ class ExpertSkip(Policy):
     def _fewer(self, call: Call, indices: Tensor, weights: Tensor, limit: int | None) -> Any:
         k = indices.shape[1]
         count = min(k, max(limit or k, self.min_experts))
-        if not self.ragged and count == k:
+        if len(indices) == 0 or (not self.ragged and count == k):
             return call.proceed()
         order = weights.float().argsort(dim=-1, descending=True, stable=True)
         ranked = weights.gather(1, order)
         indices = indices.gather(1, order)
         total = ranked.sum(-1, keepdim=True)
         if not self.ragged:
-            some = self._renormalised(call, ranked[:, :count], total)
+            first = torch.arange(k, device=ranked.device) < count
+            some = self._renormalised(call, ranked * first, total)
             call.note("narrowed", experts=float(count))
-            return self._narrowed(call, indices[:, :count], some, k)
+            routing = self._columns(call, indices, some, count)
+            spared = slot_flops(call.site.module) * len(indices) * (k - routing[0].shape[1])
+            return call.proceed(routing=routing, spared=spared)
         kept = self.keep(ranked, limit, call.depth)
         some = self._renormalised(call, ranked * kept, total)
         lost = _lost(ranked * kept, total)
         counts = kept.sum(-1)
-        mean, most, dropped, worst = call.read(
-            counts.float().mean(), counts.max(), lost.float().mean(), lost.max()
-        )
+        tokens = (counts.unsqueeze(1) == torch.arange(1, k + 1, device=counts.device)).sum(0)
+        *sizes, dropped, worst = call.read(*tokens, lost.mean(), lost.max())
+        mean = sum(n * c for n, c in enumerate(sizes, 1)) / len(indices)
         numbers = {"experts": mean, "dropped_mass": max(0.0, dropped), "dropped_most": worst}
         if mean == k:
             call.note("all kept", **numbers)
@@ -239,10 +243,10 @@ class ExpertSkip(Policy):
         if experts is None:
             call.remark(
                 f"expert_skip: {type(call.site.module).__name__} is of a form that skip_experts "
-                "does not know; its tokens get as many slots as the one with most"
+                "does not know; it runs once for the tokens that keep one expert, once for two, ..."
             )
-            count = int(most)
-            return self._narrowed(call, indices[:, :count], some[:, :count], k)
+            order = counts.argsort(stable=True).split([int(n) for n in sizes])
+            return call.compute(lambda: self._in_turn(call, indices, some, order))
         return call.compute(lambda: self._skip(call, experts, indices, some, mean / k))
 
     @uncompiled
@@ -250,6 +254,8 @@ class ExpertSkip(Policy):
         self, call: Call, indices: Tensor, weights: Tensor, limit: int | None
     ) -> tuple[Tensor, Tensor] | None:
         """For experts in a list: which slots are kept, and what all of them weigh then."""
+        if len(indices) == 0:
+            return None
         weights, order = weights.sort(dim=-1, descending=True, stable=True)
         kept = self.keep(weights, limit, call.depth)
         total = weights.sum(-1, keepdim=True)
@@ -311,10 +317,35 @@ class ExpertSkip(Policy):
         factor = total / weights.sum(-1, keepdim=True)
         return weights * torch.where(same & (total > 0), factor, torch.ones_like(factor))
 
-    def _narrowed(self, call: Call, indices: Tensor, weights: Tensor, k: int) -> Any:
-        spared = slot_flops(call.site.module) * len(indices) * (k - indices.shape[1])
-        routing = indices.contiguous(), weights.contiguous()
-        return call.proceed(routing=routing, spared=spared)
+    def _columns(
+        self, call: Call, indices: Tensor, weights: Tensor, count: int
+    ) -> tuple[Tensor, Tensor]:
+        """The first slots of a routing for the module's own forward. There are some that fail with
+        one slot a token (a squeeze too many); those get a second one, of weight 0."""
+
+        def least() -> int:
+            try:
+                call.plain(call.x[:1], routing=(indices[:1, :1], weights[:1, :1]))
+            except (IndexError, RuntimeError, ValueError):
+                return 2
+            return 1
+
+        if count == 1:
+            count = call.known(least, "least")
+        return indices[:, :count].contiguous(), weights[:, :count].contiguous()
+
+    def _in_turn(
+        self, call: Call, indices: Tensor, weights: Tensor, order: tuple[Tensor, ...]
+    ) -> Any:
+        """The module's own forward, on the tokens that keep ``n + 1`` slots: ``order[n]``."""
+        out = torch.empty_like(call.x)
+        done = slot_flops(call.site.module) * sum(n * len(some) for n, some in enumerate(order, 1))
+        for n, some in enumerate(order, 1):
+            if len(some):
+                routing = self._columns(call, indices[some], weights[some], n)
+                out[some] = call.plain(call.x[some], routing=routing)
+        call.spare(slot_flops(call.site.module) * indices.numel() - done, done)
+        return out
 
     def _skip(
         self, call: Call, experts: Experts, indices: Tensor, weights: Tensor, share: float
