@@ -56,8 +56,9 @@ _FORMULAS: dict[Any, Callable[[torch.Tensor, list[Any]], int]] = {
     F.conv3d: _conv,
     F.scaled_dot_product_attention: _sdpa,
 }
-if hasattr(F, "grouped_mm"):
-    _FORMULAS[F.grouped_mm] = _matmul
+for _owner, _name in ((F, "grouped_mm"), (torch, "_grouped_mm")):  # the first calls the second
+    if hasattr(_owner, _name):
+        _FORMULAS[getattr(_owner, _name)] = _matmul
 
 
 class FlopMode(TorchFunctionMode):

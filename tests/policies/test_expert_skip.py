@@ -189,6 +189,16 @@ def test_the_report_tells_the_dropped_mass():
         assert 1 <= numbers["experts"] < 4
 
 
+@pytest.mark.parametrize("experts", ["grouped_mm", "batched_mm", "eager"])
+def test_half_the_experts_are_half_of_the_work(experts):
+    model, inputs = TINY["qwen3_moe"].build(), TINY["qwen3_moe"].inputs(2)
+    model.set_experts_implementation(experts)
+    with torch.no_grad(), enable(model, ExpertSkip(top_k=2)) as session:
+        model(**inputs)
+        visits = [v["numbers"] for v in session.report().steps]
+    assert [v["share_left_out"] for v in visits] == [0.5] * 4
+
+
 def test_a_number_a_layer():
     model, inputs = TINY["qwen3_moe"].build(), TINY["qwen3_moe"].inputs(2)
     with torch.no_grad(), enable(model, ExpertSkip(top_k=(4, 1))) as session:
