@@ -115,7 +115,9 @@ class Lab:
                     with enable(self.model, policy) as session:
                         out = self.model(rows, use_cache=False).logits
                     visits = [
-                        v["numbers"] for v in session.report().steps if v["site"].endswith(".experts")
+                        v["numbers"]
+                        for v in session.report().steps
+                        if v["site"].endswith(".experts")
                     ]
                     mean = [v.get("experts", float(self.top_k)) for v in visits]
                     counts.append(float(np.mean(mean)) * len(rows))

@@ -1,6 +1,6 @@
 """ExpertSkip: a full-size layer of experts, beside transformers' own implementations.
 
-    expert_skip.py                # CPU, two threads; writes benchmarks/results/
+    expert_skip.py                # on the GPU if there is one; writes benchmarks/results/
 
 One layer (hidden 2,048, width 768, 128 experts, 8 a token; random weights): `skip_experts` with 8,
 6, 4 and 2 of the slots kept, transformers' `grouped_mm`, `batched_mm` and `eager` on all 8, in one
@@ -34,6 +34,7 @@ RESULTS = Path(__file__).parent / "results"
 HIDDEN, WIDTH, EXPERTS, TOP = 2048, 768, 128, 8
 KEPT = (8, 6, 4, 2)
 MAX_SPREAD = 0.15
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def layer(dtype: torch.dtype) -> Qwen3MoeExperts:
@@ -41,7 +42,8 @@ def layer(dtype: torch.dtype) -> Qwen3MoeExperts:
         hidden_size=HIDDEN, moe_intermediate_size=WIDTH, num_experts=EXPERTS,
         num_experts_per_tok=TOP,
     )  # fmt: skip
-    module = Qwen3MoeExperts(config).to(dtype).eval()
+    with torch.device(DEVICE):
+        module = Qwen3MoeExperts(config).to(dtype).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in module.parameters():
@@ -53,6 +55,8 @@ def layer(dtype: torch.dtype) -> Qwen3MoeExperts:
 def clock(run: Callable[[], Any]) -> float:
     start = time.perf_counter()
     run()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
@@ -60,14 +64,14 @@ def clock(run: Callable[[], Any]) -> float:
 def point(module: Qwen3MoeExperts, tokens: int, rounds: int) -> dict[str, Any]:
     dtype = next(module.parameters()).dtype
     generator = torch.Generator().manual_seed(tokens)
-    x = torch.randn(tokens, HIDDEN, generator=generator).to(dtype)
-    scores = torch.randn(tokens, EXPERTS, generator=generator)
+    x = torch.randn(tokens, HIDDEN, generator=generator).to(DEVICE, dtype)
+    scores = torch.randn(tokens, EXPERTS, generator=generator).to(DEVICE)
     top = scores.softmax(-1).topk(TOP, -1)
     weights = (top.values / top.values.sum(-1, keepdim=True)).to(dtype)
     indices = top.indices
     runs: dict[str, Callable[[], Tensor]] = {}
     for kept in KEPT:
-        some = weights * (torch.arange(TOP) < kept)
+        some = weights * (torch.arange(TOP, device=DEVICE) < kept)
 
         def run(some: Tensor = some) -> Tensor:
             return skip_experts(x, indices, some, module.gate_up_proj, module.down_proj)
@@ -144,7 +148,8 @@ def main() -> None:
         "rows": rows,
         "layer": {"hidden": HIDDEN, "width": WIDTH, "experts": EXPERTS, "top_k": TOP},
         "machine": {
-            "device": platform.machine(), "cores": os.cpu_count(), "threads": options.threads
+            "device": torch.cuda.get_device_name() if DEVICE == "cuda" else platform.machine(),
+            "cores": os.cpu_count(), "threads": options.threads
         },
         "versions": {
             "python": platform.python_version(), "torch": torch.__version__,
@@ -153,7 +158,7 @@ def main() -> None:
     }  # fmt: skip
     if any(row["iqr"] > MAX_SPREAD for row in rows) and not options.force:
         raise SystemExit("the plain layer's interquartile range is over 15 %: nothing written")
-    path = RESULTS / "expert_skip_layer.json"
+    path = RESULTS / f"expert_skip_{DEVICE}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"wrote {path}")
 

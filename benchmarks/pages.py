@@ -16,11 +16,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parent))  # a safe path (PYTHONSAFEPATH) lacks it
+
+from plots import markdown_table as table
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("lazy_step", "draft_attention", "kernels")),
+    *(
+        ROOT / "docs" / f"{name}.md"
+        for name in ("lazy_step", "draft_attention", "kernels", "expert_skip")
+    ),
 )
 NOT_MEASURED = "not measured yet: it needs a quiet machine"
 _FREE = ("steps", "solver")
@@ -65,7 +72,7 @@ def lazy_step() -> str:
         head = list(columns)
         if len(ours) > 1:
             head.insert(2, "LazyStep on DPM-Solver++ 2M")
-        lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        lines = []
         for target in (1.5, 2.0, 3.0):
             rows = rivals(data, reference, target, "lazy_step")
             free = {row["contestant"]: f"{row['db']:.1f}" for row in rows}
@@ -74,22 +81,22 @@ def lazy_step() -> str:
             cells += [f"{rivals(data, reference, target, o)[0]['ours_db']:.1f}" for o in ours]
             cells += [free.get(name, "-") for name in _FREE]
             cells.append(f"{best['db']:.1f} ({_NAMES[best['contestant']]})")
-            lines.append(f"| {' | '.join(cells)} |")
-        parts.append(f"{title}:\n\n" + "\n".join(lines))
+            lines.append(cells)
+        parts.append(f"{title}:\n\n{table(head, lines)}")
     return "\n\n".join(parts)
 
 
 def defaults() -> str:
     """What `enable(pipe, "lazy_step")` gives: the three presets."""
     data = read("lazy_step")
-    lines = ["| preset | FLOPs | time | PSNR, dB | drift |", "|---|---|---|---|---|"]
+    lines = []
     for preset in ("safe", "balanced", "fast"):
         for p in data["points"]:
             if p["contestant"] == "lazy_step" and p["setting"] == {"preset": preset}:
                 speed = "not timed" if p["speed"] is None else f"{p['speed'][0]:.2f}x"
                 values = (f"{p['saving']:.2f}x", speed, f"{p['psnr_full'][0]:.1f}")
-                lines.append(f"| {preset} | {' | '.join(values)} | {p['drift_full']:.4f} |")
-    return "\n".join(lines)
+                lines.append((preset, *values, f"{p['drift_full']:.4f}"))
+    return table(("preset", "FLOPs", "time", "PSNR, dB", "drift"), lines)
 
 
 def gates() -> str:
@@ -134,12 +141,12 @@ def block_sparse() -> str:
             parts.append(f"On {device.upper()}: {NOT_MEASURED.replace('quiet', device.upper())}.")
             continue
         heads, d = data["heads_and_head_size"]
-        lines = [
+        about = (
             f"{data['machine']['device']}, {data['machine']['threads']} threads, {heads} heads of "
-            f"{d}, blocks of {data['block_size']}; shares of the ideal:\n",
-            "| tokens | dtype | sparsity | dense, ms | ours, ms | ours | FlexAttention, compiled |",
-            "|---|---|---|---|---|---|---|",
-        ]
+            f"{d}, blocks of {data['block_size']}; shares of the ideal:\n\n"
+        )
+        head = ("tokens", "dtype", "sparsity", "dense, ms", "ours, ms", "ours")
+        lines = []
         for row in data["rows"]:
             share = row["of_ideal"]
             flex = share.get("flex_attention, compiled")
@@ -148,8 +155,8 @@ def block_sparse() -> str:
                 f"{row['ms'][row['dense']]:.1f}", f"{row['ms']['ours']:.1f}",
                 f"{share['ours']:.2f}", "failed" if flex is None else f"{flex:.2f}",
             )  # fmt: skip
-            lines.append(f"| {' | '.join(cells)} |")
-        parts.append("\n".join(lines))
+            lines.append(cells)
+        parts.append(about + table((*head, "FlexAttention, compiled"), lines))
     return "\n\n".join(parts)
 
 
@@ -159,16 +166,16 @@ def draft_mass() -> str:
     if data is None:
         return f"Mass kept on the trained model: {NOT_MEASURED}."
     mass = data["mass"]
-    lines = [
+    about = (
         f"Regions of {' x '.join(map(str, mass['pool']))} tokens, select {mass['select']}, density "
-        f"{mass['density']:g}, seeds {mass['seeds'][0]} to {mass['seeds'][1]}:\n",
-        "| layer | random | draft | oracle | (draft - random) / (oracle - random) |",
-        "|---|---|---|---|---|",
+        f"{mass['density']:g}, seeds {mass['seeds'][0]} to {mass['seeds'][1]}:\n\n"
+    )
+    kinds = ("random", "draft", "oracle")
+    lines = [
+        (name, *(f"{row[kind]:.3f}" for kind in kinds), f"{row['recovered']:.2f}")
+        for name, row in mass["layers"].items()
     ]
-    for name, row in mass["layers"].items():
-        cells = (name, *(f"{row[kind]:.3f}" for kind in ("random", "draft", "oracle")))
-        lines.append(f"| {' | '.join(cells)} | {row['recovered']:.2f} |")
-    return "\n".join(lines)
+    return about + table(("layer", *kinds, "(draft - random) / (oracle - random)"), lines)
 
 
 def draft_generations() -> str:
@@ -176,15 +183,15 @@ def draft_generations() -> str:
     data = read("draft_attention_cpu")
     if data is None:
         return f"Generations of the trained model: {NOT_MEASURED}."
-    lines = ["| | time | FLOPs left out | drift | PSNR, dB |", "|---|---|---|---|---|"]
+    lines = []
     for row in data["generations"]:
         flops = row["flops_skipped"]
         cells = (
             row["contestant"], f"{row['speedup']:.2f}x", "-" if flops is None else f"{flops:.0%}",
             f"{row['drift']:.3f}", f"{row['psnr_db']:.1f}",
         )  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return table(("", "time", "FLOPs left out", "drift", "PSNR, dB"), lines)
 
 
 def draft_wide() -> str:
@@ -192,10 +199,8 @@ def draft_wide() -> str:
     data = read("draft_attention_cpu")
     if data is None:
         return f"The wide block: {NOT_MEASURED}."
-    lines = [
-        "| tokens | sparsity | model | attention | draft, selection, reorder of dense attention |",
-        "|---|---|---|---|---|",
-    ]
+    head = ("tokens", "sparsity", "model", "attention")
+    lines = []
     for size in data["wide"]:
         for row in size["rows"]:
             cells = (
@@ -203,14 +208,66 @@ def draft_wide() -> str:
                 f"{row['attention_speedup']:.2f}x",
                 f"{row['draft_select_reorder_of_dense'] * 100:.1f} %",
             )  # fmt: skip
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            lines.append(cells)
+    return table((*head, "draft, selection, reorder of dense attention"), lines)
+
+
+def expert_layer() -> str:
+    """A full-size layer: ours beside transformers' own."""
+    parts = []
+    for device in ("cpu", "cuda"):
+        data = read(f"expert_skip_{device}")
+        if data is None:
+            parts.append(f"On {device.upper()}: {NOT_MEASURED.replace('quiet', device.upper())}.")
+            continue
+        k = data["layer"]["top_k"]
+        kept = sorted(map(int, data["rows"][0]["experts_touched"]), reverse=True)
+        others = ("grouped_mm", "batched_mm", "eager")
+        lines = []
+        for row in data["rows"]:
+            ms, share = row["ms"], row["of_proportional"]
+            lines.append((
+                row["dtype"], row["tokens"], *(f"{ms[n]:.1f}" if n in ms else "-" for n in others),
+                *(f"{ms[f'ours, {n} of {k}']:.1f} ({share[str(n)]:.2f})" for n in kept),
+            ))  # fmt: skip
+        head = ("dtype", "tokens", *(f"{n}, ms" for n in others), *(f"ours, {n}" for n in kept))
+        parts.append(table(head, lines))
+    return "\n\n".join(parts)
+
+
+def expert_rules() -> str:
+    """Fewer experts a token on the trained mixture."""
+    data = read("expert_quality")
+    if data is None:
+        return f"Rules on the trained mixture: {NOT_MEASURED}."
+    return _experts(data["rows"], ("rule", "setting"))
+
+
+def expert_pruning() -> str:
+    """Fewer experts in the trained mixture."""
+    data = read("expert_quality")
+    if data is None:
+        return f"Pruning of the trained mixture: {NOT_MEASURED}."
+    return _experts(data["pruned"], ("by", "pruned"))
+
+
+def _experts(rows: list[Any], names: tuple[str, str]) -> str:
+    lines = [
+        (
+            row["group"], row["setting"], f"{row['experts']:.2f}", f"{row['perplexity']:.3f}",
+            "{:+.1%} ({:+.1%} to {:+.1%})".format(*row["more_perplexity"]),
+            f"{row['esap'][0]:.3f}",
+        )
+        for row in rows
+    ]  # fmt: skip
+    return table((*names, "experts", "perplexity", "beside the full model", "esap"), lines)
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "lazy_step": lazy_step, "defaults": defaults, "gates": gates, "overhead": overhead,
     "block_sparse": block_sparse, "draft_mass": draft_mass,
     "draft_generations": draft_generations, "draft_wide": draft_wide,
+    "expert_layer": expert_layer, "expert_rules": expert_rules, "expert_pruning": expert_pruning,
 }  # fmt: skip
 
 
