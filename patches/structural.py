@@ -115,7 +115,7 @@ def inside(block: nn.Module) -> Iterator[tuple[Kind, str, nn.Module]]:
 
 def kind_of(name: str, module: nn.Module) -> Kind | None:
     cls = type(module).__name__
-    if _calls_a_list(module) or (name == "experts" and len(parameters(module)) >= 3):
+    if _routes_inside(module) or (name == "experts" and len(parameters(module)) >= 3):
         return "experts"
     if "router" in cls.lower():
         return "router"
@@ -131,14 +131,16 @@ def _holds_experts(module: nn.Module) -> bool:
     return any(name.rpartition(".")[2] == "experts" for name, _ in module.named_modules())
 
 
-def _calls_a_list(module: nn.Module) -> bool:
-    """It has a router and calls the experts of a plain list one by one."""
+def _routes_inside(module: nn.Module) -> bool:
+    """It has a router and calls the experts of a plain list one by one, or sorts tokens by expert
+    itself: ``experts(rows, rows_per_expert)``."""
     experts = getattr(module, "experts", None)
-    return (
-        type(experts) is nn.ModuleList
-        and len(experts) > 1
-        and any(isinstance(getattr(module, name, None), nn.Module) for name in _ROUTERS)
-    )
+    if not any(isinstance(getattr(module, name, None), nn.Module) for name in _ROUTERS):
+        return False
+    if type(experts) is nn.ModuleList:
+        return len(experts) > 1
+    names = parameters(experts) if isinstance(experts, nn.Module) else ()
+    return len(names) == 2 and "per_expert" in names[1]
 
 
 def _projections(module: nn.Module) -> int:
@@ -176,7 +178,7 @@ def port(module: nn.Module, kind: Kind) -> Port:
     x = next((n for n in _INPUTS if n in keywords), names[0] if names else "hidden_states")
     context = next((n for n in _CONTEXTS if n in keywords and n != x), None)
     routing: Any = None
-    if kind == "experts" and not _calls_a_list(module):
+    if kind == "experts" and not _routes_inside(module):
         index = next((n for n in names if "ind" in n), None)
         weight = next((n for n in names if "weight" in n or "score" in n), None)
         routing = (index, weight) if index and weight else names[1:3]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from accelerate_hooks.kernels import skip_experts
 from accelerate_hooks.kernels.experts import Act, activate
 from accelerate_hooks.opaque import opaque_functions
-from accelerate_hooks.seam import seam_of
+from accelerate_hooks.policies._twins import has_own_forward
 
 _CLOSE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 
@@ -38,11 +38,13 @@ class Experts:
         }  # fmt: skip
 
 
-def slot_flops(module: nn.Module) -> float:
-    """The operations of one slot, of experts of any form: two a weight of one expert."""
+def slot_flops(module: nn.Module, experts: int | None = None) -> float:
+    """The operations of one slot, of ``experts`` of any form: two a weight of one expert."""
     matrices = [p for p in module.parameters() if p.ndim >= 2]
     stacked = next((len(p) for p in matrices if p.ndim == 3), None)
-    count = stacked or getattr(module, "num_experts", None) or len(list(module.children()))
+    count = (
+        experts or stacked or getattr(module, "num_experts", None) or len(list(module.children()))
+    )
     return 2.0 * sum(p.numel() for p in matrices) / max(1, int(count))
 
 
@@ -61,7 +63,7 @@ def read_experts(module: nn.Module) -> Experts | None:
     up, down, *biases = (own.pop(name, None) for name in known)
     transposed = bool(getattr(module, "is_transposed", False))
     plain = up is not None and all(p is None or _is_plain(p) for p in (up, down, *biases))
-    if own or not plain or not _fit(up, down, gated, transposed) or _is_replaced(module):
+    if own or not plain or not _fit(up, down, gated, transposed) or not has_own_forward(module):
         return None
     act = _activation(module, up.shape[2 if transposed else 1], gated)
     return None if act is None else Experts(module, act, gated, transposed)
@@ -79,12 +81,6 @@ def _fit(up: Tensor, down: Tensor | None, gated: bool, transposed: bool) -> bool
     f, h = (h, f) if transposed else (f, h)
     width = f // 2 if gated else f
     return e == count and rest == ([width, h] if transposed else [h, width])
-
-
-def _is_replaced(module: nn.Module) -> bool:
-    seam = seam_of(module)
-    forward = module.forward if seam is None else seam.original
-    return getattr(forward, "__func__", None) is not type(module).forward
 
 
 def _activation(module: nn.Module, features: int, gated: bool) -> Act | None:

@@ -19,43 +19,24 @@ from torch import Tensor, nn
 from accelerate_hooks.call import Call
 from accelerate_hooks.opaque import opaque_functions
 from accelerate_hooks.policies._experts import slot_flops
-from accelerate_hooks.seam import seam_of
+from accelerate_hooks.policies._twins import StandIn, keys, router_of, twin
 
 Decide = Callable[[Tensor, Tensor], tuple[Tensor, Tensor] | None]
 """From indices and weights ``[T, k]``: which slots are kept, and all slots' new weights; None where
 all are kept."""
-_ROUTERS = ("gate", "router")
 
 
-def _router_of(module: nn.Module) -> str | None:
-    return next((n for n in _ROUTERS if isinstance(getattr(module, n, None), nn.Module)), None)
-
-
-def without(call: Call, decide: Decide) -> Any:
+def run(call: Call, decide: Decide) -> Any:
     """The module's visit, with the experts that ``decide`` keeps."""
-    module, name = call.site.module, _router_of(call.site.module)
-    args, kwargs = call.given()
-    experts: Any = module.experts
+    module: Any = call.site.module
+    name = router_of(module)
     plan = _Plan(call, decide)
-    forward: Any = type(module).forward
-    seam = seam_of(module)
-    if name is None or seam is None or getattr(seam.original, "__func__", None) is not forward:
-        call.inert(
-            f"expert_skip: {call.site.name} has no router, or its forward was replaced by somebody "
-            "(offloading, another tool), and only the class's own can be given fewer rows"
-        )
-        return call.proceed()
-    twin: Any = object.__new__(type(module))
-    vars(twin).update(vars(module))
-    vars(twin).pop("forward", None)
-    vars(twin)["_modules"] = dict(
-        module._modules,
-        experts=[_Expert(plan, e, expert) for e, expert in enumerate(experts)],
-        **{name: _Router(plan, getattr(module, name))},
-    )
+    experts = [_Expert(plan, e, expert) for e, expert in enumerate(module.experts)]
+    changed = twin(module, experts=experts, **{name: _Router(plan, getattr(module, name))})
+    args, kwargs = call.given()
 
     def work() -> Any:
-        out = forward(twin, *args, **kwargs)
+        out = changed.forward(*args, **kwargs)
         if plan.spared:
             call.spare(plan.spared)
         if not plan.asked:
@@ -78,22 +59,14 @@ class _Plan:
         self.x: Tensor | None = None
         self.indices: Tensor | None = None  # [T, k] on the host, -1 - e where e is dropped
 
-    def route(self, x: Tensor, out: Any) -> Any:
+    def route(self, x: Any, out: Any) -> Any:
         """The router's output with the weights of the kept slots."""
         values = list(out) if isinstance(out, (tuple, list)) else []
-        whole = [i for i, v in enumerate(values) if isinstance(v, Tensor) and v.ndim >= 2]
-        places = [
-            (i, w)
-            for i in whole
-            for w in whole
-            if values[i].dtype in (torch.int64, torch.int32)
-            and values[w].is_floating_point()
-            and values[i].shape == values[w].shape
-        ]
-        if not places or not isinstance(x, Tensor):
+        found = _places(values)
+        if found is None or not isinstance(x, Tensor):
             return out
         self.asked = True
-        indices, weights = (values[place].flatten(0, -2) for place in places[0])
+        indices, weights = (values[place].flatten(0, -2) for place in found)
         decided = self.decide(indices, weights)
         if decided is None:
             return out
@@ -101,8 +74,7 @@ class _Plan:
         codes = torch.where(kept, indices, -1 - indices)
         self.indices = torch.tensor(self.call.read_rows(codes.flatten())).view(codes.shape)
         self.x = x.flatten(0, -2)
-        place = places[0][1]
-        values[place] = new.to(weights.dtype).view(values[place].shape)
+        values[found[1]] = new.to(weights.dtype).view(values[found[1]].shape)
         return type(out)(values)
 
     def rows(self, expert: int, x: Tensor) -> Tensor | None:
@@ -117,7 +89,7 @@ class _Plan:
             return None
         if not kept.any():
             return kept.nonzero().squeeze(1)
-        mine, theirs = (_keys(t.to(x.dtype)).sort() for t in (self.x[token.to(x.device)], x))
+        mine, theirs = (keys(t.to(x.dtype)).sort() for t in (self.x[token.to(x.device)], x))
         if not self.call.read((mine.values == theirs.values).all())[0]:
             self.call.remark(
                 f"expert_skip: {self.call.site.name} gives its experts other rows than its router; "
@@ -129,40 +101,36 @@ class _Plan:
         return wanted.topk(int(kept.sum())).indices.sort().values
 
 
-def _keys(x: Tensor) -> Tensor:
-    """A number for each row that is equal for equal rows alone (a linear hash of its bits), so that
-    rows are known again in whatever order."""
-    bits = x.contiguous().view(torch.int16).long()
-    generator = torch.Generator().manual_seed(0)
-    factors = torch.randint(-(2**63), 2**63 - 1, bits.shape[1:], generator=generator)
-    return (bits * factors.to(x.device)).sum(-1)
+def _places(values: list[Any]) -> tuple[int, int] | None:
+    """Which outputs of a router are indices and weights: ``[..., k]`` both."""
+    tensors = [i for i, v in enumerate(values) if isinstance(v, Tensor) and v.ndim >= 2]
+    for i in tensors:
+        for w in tensors:
+            whole = values[i].dtype in (torch.int64, torch.int32)
+            if whole and values[w].is_floating_point() and values[i].shape == values[w].shape:
+                return i, w
+    return None
 
 
-class _StandIn:
-    """A module of the twin; what is asked of it beside calls, the real one answers."""
-
+class _Router(StandIn):
     def __init__(self, plan: _Plan, module: nn.Module) -> None:
-        self._plan, self._module = plan, module
+        super().__init__(module)
+        self._plan = plan
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
-
-
-class _Router(_StandIn):
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         return self._plan.route(x, self._module(x, *args, **kwargs))
 
 
-class _Expert(_StandIn):
+class _Expert(StandIn):
     def __init__(self, plan: _Plan, number: int, module: nn.Module) -> None:
-        super().__init__(plan, module)
-        self._number = number
+        super().__init__(module)
+        self._plan, self._number = plan, number
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         rows = self._plan.rows(self._number, x) if x.ndim == 2 and len(x) else None
         if rows is None:
             return self._module(x, *args, **kwargs)
-        self._plan.spared += slot_flops(self._module) * (len(x) - len(rows))
+        self._plan.spared += slot_flops(self._module, 1) * (len(x) - len(rows))
         if not len(rows):
             return torch.zeros_like(x)
         some = self._module(x.index_select(0, rows), *args, **kwargs)

@@ -7,16 +7,17 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self, TypeVar, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from accelerate_hooks.artifact import Artifact
 from accelerate_hooks.call import Call
 from accelerate_hooks.kernels import FALLBACKS, skip_experts
 from accelerate_hooks.opaque import opaque_functions, uncompiled
-from accelerate_hooks.policies import _lists, _pruning
+from accelerate_hooks.policies import _choosing, _lists, _pruning
 from accelerate_hooks.policies._experts import Experts, error_of, read_experts, slot_flops
 from accelerate_hooks.policies._pruning import Criterion
 from accelerate_hooks.policies._routers import Plan, route
+from accelerate_hooks.policies._twins import has_own_forward
 from accelerate_hooks.policy import Decides, Policy
 from accelerate_hooks.site import Effect, Kind, Site
 
@@ -196,7 +197,7 @@ class ExpertSkip(Policy):
         if limit is None and not self.ragged:
             return call.proceed()
         if call.routing is None:
-            return _lists.without(call, lambda i, w: self._slots(call, i, w, limit))
+            return self._inside(call, lambda i, w: self._slots(call, i, w, limit))
         indices, weights = call.routing
         fine = indices.ndim == call.x.ndim == 2 and not indices.is_floating_point()
         if not fine or indices.shape != weights.shape:
@@ -213,6 +214,10 @@ class ExpertSkip(Policy):
     @uncompiled
     def _fewer(self, call: Call, indices: Tensor, weights: Tensor, limit: int | None) -> Any:
         k = indices.shape[1]
+        if k == 1:
+            call.inert(
+                f"expert_skip: {call.site.name} asks one expert a token; none can be left out"
+            )
         count = min(k, max(limit or k, self.min_experts))
         if len(indices) == 0 or (not self.ragged and count == k):
             return call.proceed()
@@ -250,10 +255,24 @@ class ExpertSkip(Policy):
         return call.compute(lambda: self._skip(call, experts, indices, some, mean / k))
 
     @uncompiled
+    def _inside(self, call: Call, decide: _lists.Decide) -> Any:
+        """A module that calls its experts in a way of its own."""
+        module = call.site.module
+        if not has_own_forward(module):
+            call.inert(
+                f"expert_skip: the forward of {call.site.name} was replaced (offloading, another "
+                "tool), and only the class's own can be given fewer rows; its experts are left "
+                "alone"
+            )
+            return call.proceed()
+        listed = isinstance(module.experts, nn.ModuleList)
+        return (_lists if listed else _choosing).run(call, decide)
+
+    @uncompiled
     def _slots(
         self, call: Call, indices: Tensor, weights: Tensor, limit: int | None
     ) -> tuple[Tensor, Tensor] | None:
-        """For experts in a list: which slots are kept, and what all of them weigh then."""
+        """Where no routing is given: which slots are kept, and what all of them weigh then."""
         if len(indices) == 0:
             return None
         weights, order = weights.sort(dim=-1, descending=True, stable=True)
@@ -338,13 +357,14 @@ class ExpertSkip(Policy):
         self, call: Call, indices: Tensor, weights: Tensor, order: tuple[Tensor, ...]
     ) -> Any:
         """The module's own forward, on the tokens that keep ``n + 1`` slots: ``order[n]``."""
-        out = torch.empty_like(call.x)
-        done = slot_flops(call.site.module) * sum(n * len(some) for n, some in enumerate(order, 1))
+        out, slots = torch.empty_like(call.x), 0
         for n, some in enumerate(order, 1):
             if len(some):
                 routing = self._columns(call, indices[some], weights[some], n)
                 out[some] = call.plain(call.x[some], routing=routing)
-        call.spare(slot_flops(call.site.module) * indices.numel() - done, done)
+                slots += routing[0].numel()
+        flops = slot_flops(call.site.module)
+        call.spare(flops * (indices.numel() - slots), flops * slots)
         return out
 
     def _skip(

@@ -1,4 +1,4 @@
-"""What all tests share: hypothesis profiles, `tiny_models` and `contract` by their names.
+"""What all tests share: hypothesis profiles, and the modules beside this by their names.
 
 `tests/` is not put on sys.path, since its folders bear the names of our packages.
 """
@@ -18,7 +18,7 @@ settings.register_profile(
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
-for _name in ("tiny_models", "contract"):
+for _name in ("tiny_models", "moe_models", "contract"):
     _spec = importlib.util.spec_from_file_location(_name, Path(__file__).parent / f"{_name}.py")
     if _spec is not None and _spec.loader is not None:
         sys.modules[_name] = importlib.util.module_from_spec(_spec)

@@ -1,4 +1,5 @@
-"""Tiny models of every family with mixture-of-experts layers: ``MOE`` maps a name to a `Tiny`.
+"""Tiny models of every family with mixture-of-experts layers: ``MOE`` maps a name to a `Tiny`,
+``UNSERVED`` a name to a class and why ExpertSkip does not act on it.
 
 Those of `tiny_models`, and beside them one row for each other modelling file of transformers 5.23
 that has such layers. Six experts of which four are asked, wherever the family allows it.
@@ -9,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import tiny_models
+import torch
 from tiny_models import BART, EXPERTS, GENERATE, LATENT, LM, PROMPT, SEQ2SEQ, TINY, WIDE, Tiny
 
 _transformers = tiny_models._transformers
@@ -146,3 +148,44 @@ MOE: dict[str, Tiny] = {
     **{name: TINY[name] for name in KNOWN},
     **{tiny.name: tiny for tiny in (*TEXT, *SEEING, *OTHERS)},
 }
+
+UNSERVED: dict[str, tuple[str, str]] = {
+    "cosmos3": ("Cosmos3OmniTransformer",
+        "two towers, one a modality, under names with moe in them: nothing is routed"),
+    "dbrx": ("DbrxForCausalLM",
+        "not built: broken in transformers 5.23, its attention config has no rope_theta"),
+    "doge": ("DogeForCausalLM",
+        "its experts are rows of two embeddings inside an MLP, less work than their router"),
+    "jetmoe": ("JetMoeForCausalLM",
+        "its experts are two modules of its MLP, and its attention has experts, too: no module is "
+        "given hidden states, indices and weights"),
+    "llama4": ("Llama4ForCausalLM",
+        "runs every expert on every token; weights of zero are in the input, no work is saved"),
+    "switch_transformers": ("SwitchTransformersForConditionalGeneration",
+        "one expert a token: there is none to leave out"),
+    "vitpose_backbone": ("VitPoseBackbone",
+        "the caller says which expert, one an image; there is no router"),
+    "zaya": ("ZayaForCausalLM", "one expert a token: there is none to leave out"),
+}  # fmt: skip
+
+# Those of them that a tiny configuration builds.
+REFUSED: dict[str, Tiny] = {
+    "jetmoe": TINY["jetmoe"],
+    "llama4": TINY["llama4_text"],
+    "switch_transformers": TINY["switch_transformers"],
+    **{
+        tiny.name: tiny
+        for tiny in (
+            *_transformers("decoder", base=BASE, inputs=GENERATE, table={
+                "doge": ("DogeForCausalLM", dict(is_moe=True, num_experts=16)),
+                "zaya": ("ZayaForCausalLM", dict(num_experts_per_tok=1)),
+            }),
+            *_transformers("encoder", base={}, table={
+                "vitpose_backbone": ("VitPoseBackbone",
+                    dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_experts=4,
+                        part_features=8, image_size=(16, 16), patch_size=(4, 4))),
+            }, inputs=dict(pixel_values=tiny_models.normal(3, 16, 16),
+                dataset_index=lambda rows: torch.zeros(len(rows), dtype=torch.long))),
+        )
+    },
+}  # fmt: skip
