@@ -169,8 +169,8 @@ def _refuse_ranks(roots: list[Root], addressed: list[Addressed]) -> None:
         if sharded and deciding:
             raise UnsupportedModelError(
                 f"{deciding[0].name} decides from data, and {type(root.model).__name__} is sharded "
-                "over ranks that could decide otherwise; use settings that decide ahead, such as "
-                "criterion=cadence, or one model a rank"
+                "over ranks that could decide otherwise; use settings that decide ahead of the "
+                "data, or one model a rank"
             )
 
 

@@ -26,6 +26,7 @@ _MLP = re.compile(
 _INPUTS = ("hidden_states", "sample", "input_ids", "pixel_values", "input_features", "input_values")
 _CONTEXTS = ("encoder_hidden_states",)
 _ROUTERS = ("gate", "router")
+_WRAPPED = re.compile(r"(\.base_layer)+$")  # what an adapter puts around a module
 
 
 class StructuralPatch(Patch):
@@ -99,7 +100,7 @@ def inside(block: nn.Module) -> Iterator[tuple[Kind, str, nn.Module]]:
     for name, module in block.named_modules():
         if not name or any(name.startswith(f"{d}.") for d in done):
             continue
-        around, _, last = name.rpartition(".")
+        around, _, last = _WRAPPED.sub("", name).rpartition(".")
         kind = kind_of(last, module)
         if last in _ROUTERS and hasattr(block.get_submodule(around), "experts"):
             kind = "router"

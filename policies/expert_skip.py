@@ -325,13 +325,14 @@ class ExpertSkip(Policy):
 
     def _renormalised(self, call: Call, weights: Tensor, total: Tensor) -> Tensor:
         """Kept weights, with the sum that all had where the router normalises."""
-        seen: list[Tensor] = call.slot(list)  # least and greatest sum of this run, on the device
+        seen: list[Tensor] = call.known(list, "sums")  # least and greatest so far, on the device
+        alone = len(total) == 1 and not seen
         some = torch.where(total > 0, total, total.amax())  # a token may have no expert at all
         now = torch.stack((-some.amin(), total.amax())).float()
         seen[:] = [torch.maximum(seen[0], now) if seen else now]
         least, most = -seen[0][0], seen[0][1]
         same = most - least < 1e-2 * most
-        if len(total) == 1 and call.step.index == 0:  # one token tells nothing; one sum is known
+        if alone:  # one token tells nothing; one sum is known
             same = same & ((most - 1.0).abs() < 1e-2)
         factor = total / weights.sum(-1, keepdim=True)
         return weights * torch.where(same & (total > 0), factor, torch.ones_like(factor))
