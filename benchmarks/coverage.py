@@ -1,10 +1,12 @@
-"""Which classes of transformers and diffusers can be intercepted: writes docs/coverage.md.
+"""Which classes of transformers and diffusers can be intercepted: writes docs/coverage.md and
+docs/moe_coverage.md.
 
     python -P benchmarks/coverage.py [--check]
 
 Every row of `tests/tiny_models.py` is built, run under a policy that leaves blocks out, and looked
 at: sites by kind, stacks of blocks whose ports were confirmed, whether skipping changed the output.
-What is refused comes with the reason. `--check` writes nothing and exits with 1 on a difference.
+Every row of `tests/moe_models.py` is run under ExpertSkip, and its experts are looked at. What is
+refused comes with the reason. `--check` writes nothing and exits with 1 on a difference.
 """
 
 from __future__ import annotations
@@ -22,13 +24,15 @@ from typing import Any
 
 import torch
 
-from accelerate_hooks import LazyStep, enable
+from accelerate_hooks import ExpertSkip, LazyStep, enable
 from accelerate_hooks.errors import UnsupportedModelError
+from accelerate_hooks.policies._experts import read_experts
 from accelerate_hooks.registry import patch_for
 from accelerate_hooks.site import KINDS, Site
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "coverage.md"
+EXPERTS_PAGE = ROOT / "docs" / "moe_coverage.md"
 STEPS = 3
 HEAD = """# Coverage
 
@@ -44,6 +48,33 @@ REFUSED = """
 
 Block policies refuse these when they are enabled; others are not in the table. This list may only
 shrink.
+
+| class | why |
+|---|---|
+"""
+EXPERTS_HEAD = """# Families with experts
+
+Written by `benchmarks/coverage.py` from the table of tiny models in `tests/moe_models.py`; do not
+edit. `tests/policies/test_moe_families.py` holds each family to oracles made of its own parts.
+*Sites* are counted by kind. *Experts* says in which module they lie and in what form: matrices of
+all experts that `kernels.skip_experts` reads (gated or plain; `[E, out, in]` or transposed; with
+biases; the activation), or how else fewer slots are computed:
+
+- *in turn*: the module's own forward, once for the tokens that keep one expert, once for two, and
+  so on;
+- *list*: each expert is a module, and gets the rows of the tokens that keep it;
+- *choosing*: experts choose their tokens, and get the rows of those that keep them.
+
+*Sum* is what the weights of every token add up to where the router normalises them: what is kept is
+brought back to it. `-` means that it does not.
+
+| family | class | sites | experts | sum |
+|---|---|---|---|---|
+"""
+EXPERTS_REFUSED = """
+## Not served
+
+ExpertSkip refuses these, or says in a warning and in its report that it leaves them alone.
 
 | class | why |
 |---|---|
@@ -130,6 +161,48 @@ def structure(name: str) -> str:
     return kinds(patch_for(model).sites(model))
 
 
+def experts_row(tiny: Any) -> str:
+    """A line of the table of families with experts."""
+    model, inputs = tiny.build(), tiny.inputs(2)
+    with enable(model, ExpertSkip(ratio=0.8)) as session:
+        model(**inputs)
+        sites = session.roots[0].sites
+        found = [s for s in sites if s.kind == "experts"]
+        facts = [session.record(s).facts for s in found]
+    forms = {form(s, f.get(("known", 0, ""))): None for s, f in zip(found, facts, strict=True)}
+    key = ("known", 0, "sums")
+    bounds = [f[key][0].tolist() for f in facts if key in f]  # (-least, most), where visited
+    same = all(most + least < 1e-2 * most for least, most in bounds)
+    total = f"{bounds[0][1]:.3g}" if same else "-"
+    mine = [s for s in sites if s.kind in ("router", "experts")]
+    return f"| {' | '.join((tiny.name, tiny.cls, kinds(mine), '; '.join(forms), total))} |"
+
+
+def form(site: Site, tried: Any) -> str:
+    """Where the experts of a site lie, and how ExpertSkip computes fewer of them."""
+    name = type(site.module).__name__
+    if site.port.routing is None:
+        listed = isinstance(site.module.experts, torch.nn.ModuleList)
+        return f"{name}: {'list' if listed else 'choosing'}"
+    experts = tried or read_experts(site.module)
+    if experts is None:
+        return f"{name}: in turn"
+    biases = experts.arguments["up_bias"] is not None
+    words = ["gated" if experts.gated else "plain", experts.act.replace("_", " ")]
+    words += ["transposed"] * experts.transposed + ["biases"] * biases
+    return f"{name}: {', '.join(words)}"
+
+
+def experts_page() -> str:
+    moe_models = load("moe_models")
+    rows = []
+    for tiny in moe_models.MOE.values():
+        rows.append(experts_row(tiny))
+        print(tiny.name, file=sys.stderr, flush=True)
+    text = EXPERTS_HEAD + "\n".join(rows) + "\n" + EXPERTS_REFUSED
+    return text + "".join(f"| {cls} | {why} |\n" for cls, why in moe_models.UNSERVED.values())
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="compare only")
@@ -137,10 +210,11 @@ def main() -> int:
     warnings.simplefilter("ignore")
     logging.disable()
     torch.set_grad_enabled(False)
-    text = page()
+    texts = {PAGE: page(), EXPERTS_PAGE: experts_page()}
     if options.check:
-        return int(text != PAGE.read_text())
-    PAGE.write_text(text)
+        return int(any(text != path.read_text() for path, text in texts.items()))
+    for path, text in texts.items():
+        path.write_text(text)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Train, score and export a class-conditional video model: one digit that moves and bounces.
+"""Train, score and export a video model told class and heading: a digit that moves and bounces.
 
     moving_digits.py                                 # train (resumes)
     moving_digits.py --evaluate --source checkpoint  # score the checkpoint
@@ -8,12 +8,12 @@
 Data: scikit-learn's digits, upsampled to 16×16 pixels as `digits_flux.py` does and augmented like
 there, move in a straight line over a picture of 32×32 pixels and bounce off its edges, 16 frames.
 The model is diffusers' `WanTransformer3DModel` with patches of (1, 4, 4), so 16 × 8 × 8 = 1,024
-tokens a clip; a class embedding stands where text stands. It learns by flow matching (Lipman et
-al., 2023, https://arxiv.org/abs/2210.02747): at `x_s = (1 - s) * clip + s * noise` it predicts
-`noise - clip`, first on clips of 4 frames, then of 16, at last at high noise. Matrices of the
-blocks are trained by Muon (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/), all
-else by AdamW. Every draw of a training step comes from a generator seeded by the step, so that a
-resumed run goes on as if never stopped.
+tokens a clip; embeddings of the class and of the heading stand where text stands. It learns by flow
+matching (Lipman et al., 2023, https://arxiv.org/abs/2210.02747): at `x_s = (1 - s) * clip + s *
+noise` it predicts `noise - clip`, first on clips of 4 frames, then of 16, then at high noise, at
+last with the heading told. Matrices of the blocks are trained by Muon (Jordan et al., 2024,
+https://kellerjordan.github.io/posts/muon/), all else by AdamW. Every draw of a training step comes
+from a generator seeded by the step, so that a resumed run goes on as if never stopped.
 
 Generation is diffusers' own `WanPipeline` without a VAE: latents are the picture.
 """
@@ -59,7 +59,10 @@ MEAN, STD = 0.08, 0.22
 """Of the pixels of a clip in [0, 1]: the model sees `(pixel - MEAN) / STD`."""
 
 SPEED = (0.8, 2.0)
-"""Least and greatest speed, pixels a frame."""
+"""Least and greatest speed, pixels a frame, of clips whose heading is not told."""
+
+HEADINGS = tuple((y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if y or x)
+"""Down and to the right, pixels a frame."""
 
 TEXT_TOKENS, TEXT_DIM = 4, 128
 TRANSFORMER_CONFIG: dict[str, Any] = {
@@ -80,22 +83,27 @@ SCHEDULER_CONFIG: dict[str, Any] = {"num_train_timesteps": 1000, "shift": 6.0}
 @dataclass(frozen=True)
 class Stage:
     """Training up to step ``until`` on clips of ``frames``, at noise levels whose log odds are
-    normal with ``level`` as mean and deviation; ``anneal``: the rate falls to 0 at its end."""
+    normal with ``level`` as mean and deviation. ``anneal``: the rate falls to 0 at its end.
+    ``headed``: clips move by a heading that is told, else in any direction and speed."""
 
     until: int
     frames: int
     level: tuple[float, float]
-    anneal: bool
+    anneal: bool = False
+    headed: bool = False
 
 
 STAGES = (
-    Stage(1200, 4, (0.6, 1.2), anneal=False),
+    Stage(1200, 4, (0.6, 1.2)),
     Stage(3300, FRAMES, (0.6, 1.2), anneal=True),
-    Stage(5700, FRAMES, (2.0, 1.5), anneal=True),
+    Stage(4500, FRAMES, (2.0, 1.5)),
+    Stage(6600, FRAMES, (2.0, 1.5), anneal=True, headed=True),
 )
-"""The last one is for the path. A digit of some 60 pixels of ink, 4 deviations bright, stands out
-of the noise of one frame by ``4 * 60 ** 0.5 * (1 - s) / s``: 1.6 at s = 0.95. So where it is in
-each frame is settled near there, and the stage before drew such levels one time in forty."""
+"""A digit of some 60 pixels of ink, 4 deviations bright, stands out of the noise of one frame by
+``4 * 60 ** 0.5 * (1 - s) / s``: 1.6 at s = 0.95. So where it is in each frame is settled near
+there, and the first stages draw such levels one time in forty. In the third, the path did not
+become straighter: a line through noise is to be found among all starts and velocities. The fourth
+tells the velocity."""
 
 TOKENS_PER_STEP = 8192
 MATRIX_RATE, OTHER_RATE, WARMUP_STEPS, DECAY_SHARE = 2e-3, 1e-3, 100, 0.3
@@ -109,11 +117,14 @@ STEPS, GUIDANCE = 30, 2.0
 CLASSIFIER_STEPS = 1500
 
 
-def move(images: Tensor, generator: torch.Generator, frames: int = FRAMES) -> Tensor:
+def move(
+    images: Tensor, generator: torch.Generator, frames: int = FRAMES, headings: Tensor | None = None
+) -> Tensor:
     """Clips `[B, frames, 32, 32]` in [0, 1] of `images` `[B, 1, 16, 16]` in [-1, 1] in motion.
 
     The place of the upper left corner at frame t is `reflect(start + t * velocity)` in each axis,
-    where `reflect` folds the line into [0, 16]; direction is uniform, speed uniform in `SPEED`.
+    where `reflect` folds the line into [0, 16]; the velocity is that of `HEADINGS` for `headings`
+    `[B]`, else its direction is uniform, its speed uniform in `SPEED`.
     """
     batch, room = len(images), SIZE - DIGIT
     start = torch.rand(batch, 2, generator=generator) * room
@@ -121,6 +132,8 @@ def move(images: Tensor, generator: torch.Generator, frames: int = FRAMES) -> Te
     low, high = SPEED
     speed = low + (high - low) * torch.rand(batch, generator=generator)
     velocity = torch.stack((angle.cos(), angle.sin()), dim=-1) * speed[:, None]
+    if headings is not None:
+        velocity = torch.tensor(HEADINGS, dtype=torch.float32)[headings]
     path = start[:, None] + velocity[:, None] * torch.arange(frames)[None, :, None]
     corner = reflect(path, room).flatten(0, 1)
     theta = torch.zeros(len(corner), 2, 3)
@@ -197,7 +210,8 @@ def held_out_accuracy(classifier: FrameClassifier) -> float:
 
 
 class MovingDigits(nn.Module):
-    """The transformer and the class embedding `[11, 4, 128]`; class 10 is guidance's null class."""
+    """The transformer, the class embedding `[11, 4, 128]` and that of headings `[9, 4, 128]`; class
+    10 and heading 8 stand for none, as guidance needs it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -205,6 +219,12 @@ class MovingDigits(nn.Module):
         self.classes = nn.Parameter(torch.randn(NUM_CLASSES + 1, TEXT_TOKENS, TEXT_DIM))
         nn.init.zeros_(self.transformer.proj_out.weight)
         nn.init.zeros_(self.transformer.proj_out.bias)
+        self.headings = nn.Parameter(torch.randn(len(HEADINGS) + 1, TEXT_TOKENS, TEXT_DIM))
+
+    def told(self, labels: Tensor, headings: Tensor | None) -> Tensor:
+        """What stands for text, `[B, 8, 128]`; `[B, 4, 128]` without headings."""
+        classes = self.classes[labels]
+        return classes if headings is None else torch.cat((classes, self.headings[headings]), 1)
 
     def pipeline(self) -> WanPipeline:
         """diffusers' pipeline around the transformer: no text encoder, no VAE."""
@@ -228,14 +248,16 @@ class MovingDigits(nn.Module):
         steps: int = STEPS,
         guidance: float = GUIDANCE,
     ) -> dict[str, Any]:
-        """Arguments of one call of the pipeline; row i depends on `labels[i]`, `seeds[i]` alone."""
+        """Arguments of one call of the pipeline; row i depends on `labels[i]`, `seeds[i]` alone.
+        Its heading is that of the seed."""
         labels = torch.as_tensor(labels)
+        headings = torch.tensor([s % len(HEADINGS) for s in seeds])
         shape = (1, FRAMES, SIZE, SIZE)
         noise = [torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
-        classes = self.classes.detach()
+        none = torch.full_like(labels, NUM_CLASSES), torch.full_like(headings, len(HEADINGS))
         return {
-            "prompt_embeds": classes[labels],
-            "negative_prompt_embeds": classes[torch.full_like(labels, NUM_CLASSES)],
+            "prompt_embeds": self.told(labels, headings).detach(),
+            "negative_prompt_embeds": self.told(*none).detach(),
             "height": SIZE * 8,  # WanPipeline counts the pixels before a VAE, here there is none
             "width": SIZE * 8,
             "num_frames": (FRAMES - 1) * 4 + 1,
@@ -254,25 +276,32 @@ def to_pixels(latents: Tensor) -> Tensor:
 
 def training_batch(
     images: Tensor, labels: Tensor, step: int, stage: Stage
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     """One batch, a function of `step` and its stage alone.
 
     Returns:
-        Noisy clips `[B, 1, frames, 32, 32]`, noise levels s `[B]` in (0, 1), labels `[B]` with
-        dropout to the null class, and the target velocity.
+        Noisy clips `[B, 1, frames, 32, 32]`, noise levels s `[B]` in (0, 1), labels and, in a
+        stage with them, headings `[B]`, dropped together, and the target velocity.
     """
     frames, (mean, deviation) = stage.frames, stage.level
     batch = TOKENS_PER_STEP // (frames * (SIZE // 4) ** 2)
     generator = torch.Generator().manual_seed(SEED * 1_000_003 + step)
     rows = torch.randint(len(images), (batch,), generator=generator)
-    pixels = move(augment(images[rows], generator), generator, frames)
+    pictures = augment(images[rows], generator)
+    headings = None
+    if stage.headed:
+        headings = torch.randint(len(HEADINGS), (batch,), generator=generator)
+    pixels = move(pictures, generator, frames, headings)
     clean = ((pixels - MEAN) / STD).unsqueeze(1)
     noise = torch.randn(clean.shape, generator=generator)
     level = torch.sigmoid(mean + deviation * torch.randn(batch, generator=generator))
     dropped = torch.rand(batch, generator=generator) < LABEL_DROPOUT
     column = level.view(-1, 1, 1, 1, 1)
     noisy = (1 - column) * clean + column * noise
-    return noisy, level, labels[rows].masked_fill(dropped, NUM_CLASSES), noise - clean
+    classes = labels[rows].masked_fill(dropped, NUM_CLASSES)
+    if headings is not None:
+        headings = headings.masked_fill(dropped, len(HEADINGS))
+    return noisy, level, classes, headings, noise - clean
 
 
 def stage_of(step: int) -> Stage:
@@ -322,12 +351,13 @@ def train(folder: Path) -> None:
     began = time.perf_counter()
     bar = tqdm(range(start, steps), initial=start, total=steps, desc="clips", mininterval=20)
     for step in bar:
-        noisy, level, classes, target = training_batch(images, labels, step, stage_of(step))
+        batch = training_batch(images, labels, step, stage_of(step))
+        noisy, level, classes, headings, target = batch
         with torch.autocast("cpu", torch.bfloat16):
             velocity = forward(
                 hidden_states=noisy,
                 timestep=level * 1000,
-                encoder_hidden_states=model.classes[classes],
+                encoder_hidden_states=model.told(classes, headings),
                 return_dict=False,
             )[0]
         loss = F.mse_loss(velocity.float(), target)
@@ -453,7 +483,8 @@ def evaluate(model: MovingDigits, classifier: FrameClassifier, steps: int) -> di
     """Score samples of fixed seeds, beside real clips of held-out digits."""
     clips, labels = sample(model)
     _, _, images, truth = digits()
-    real = move(images, torch.Generator().manual_seed(SEED + 1))
+    headings = torch.arange(len(images)) % len(HEADINGS)
+    real = move(images, torch.Generator().manual_seed(SEED + 1), headings=headings)
 
     def read(clips: Tensor, labels: Tensor) -> dict[str, float]:
         middle = clips[:, FRAMES // 2].unsqueeze(1)
