@@ -20,7 +20,7 @@ from accelerate_hooks.policy import Policy
 from accelerate_hooks.registry import patch_for, pipeline_of
 from accelerate_hooks.seam import Override, Seam, seam_of
 from accelerate_hooks.session import Session
-from accelerate_hooks.site import Effect, Site
+from accelerate_hooks.site import Effect, Kind, Site
 from accelerate_hooks.spec import Addressed, parse
 
 _RISKY = frozenset({Effect.SKIP, Effect.RESHAPE})
@@ -229,18 +229,17 @@ def _install(
 ) -> None:
     ledger = session.ledger
     for root in roots:
-        wanted = {site.module for site in root.sites if plan[site]}
-        if any(site.kind == "block" and plan[site] for site in root.sites):
-            wanted |= {site.module for site in root.sites if site.kind == "block"}
-        wanted.add(root.model)
-        by_module: dict[nn.Module, list[Site]] = {}
+        blocks = any(site.kind == "block" and plan[site] for site in root.sites)
+        seams: dict[tuple[nn.Module, Kind], list[Site]] = {}  # a module may be two kinds of site
         for site in root.sites:
-            if site.module in wanted and site.kind != "loop":
-                by_module.setdefault(site.module, []).append(site)
-        for sites in by_module.values():
-            seam = Seam(session, sorted(sites, key=lambda s: s.visit))
-            root.seams.append(seam)
-            ledger.seam(seam)
+            seams.setdefault((site.module, site.kind), []).append(site)
+        for (module, kind), sites in seams.items():
+            if kind == "loop":
+                continue
+            if module is root.model or (blocks and kind == "block") or any(plan[s] for s in sites):
+                seam = Seam(session, sorted(sites, key=lambda s: s.visit))
+                root.seams.append(seam)
+                ledger.seam(seam)
         if hasattr(root.model, "cache_context"):
             ledger.override(Override(root.model, "cache_context", cache_context(session)))
         for site in root.sites:

@@ -107,16 +107,18 @@ def inside(block: nn.Module) -> Iterator[tuple[Kind, str, nn.Module]]:
         if around.rpartition(".")[2] == "experts":  # one of a list: it gets the rows of some tokens
             kind = None
             done.append(name)
+        elif _routes_inside(module):
+            yield "experts", name, module
         if kind is None:
             continue
-        if kind not in ("mlp", "experts") or not _holds_experts(module):
+        if kind != "mlp" or not _holds_experts(module):
             done.append(name)
         yield kind, name, module
 
 
 def kind_of(name: str, module: nn.Module) -> Kind | None:
     cls = type(module).__name__
-    if _routes_inside(module) or (name == "experts" and len(parameters(module)) >= 3):
+    if name == "experts" and len(parameters(module)) >= 3:
         return "experts"
     if "router" in cls.lower():
         return "router"

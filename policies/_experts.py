@@ -62,8 +62,10 @@ def read_experts(module: nn.Module) -> Experts | None:
     own = dict(module.named_parameters())
     up, down, *biases = (own.pop(name, None) for name in known)
     transposed = bool(getattr(module, "is_transposed", False))
-    plain = up is not None and all(p is None or _is_plain(p) for p in (up, down, *biases))
-    if own or not plain or not _fit(up, down, gated, transposed) or not has_own_forward(module):
+    if up is None or down is None or own or not has_own_forward(module):
+        return None
+    plain = all(p is None or _is_plain(p) for p in (up, down, *biases))
+    if not plain or not _fit(up, down, gated, transposed):
         return None
     act = _activation(module, up.shape[2 if transposed else 1], gated)
     return None if act is None else Experts(module, act, gated, transposed)
@@ -73,9 +75,9 @@ def _is_plain(p: Tensor) -> bool:
     return type(p) in (Tensor, nn.Parameter) and p.dtype in _CLOSE and not p.is_meta
 
 
-def _fit(up: Tensor, down: Tensor | None, gated: bool, transposed: bool) -> bool:
+def _fit(up: Tensor, down: Tensor, gated: bool, transposed: bool) -> bool:
     """``[E, F, H]`` and ``[E, H, I]``, or with both transposed, F twice I where gated."""
-    if down is None or up.ndim != 3 or down.ndim != 3:
+    if up.ndim != 3 or down.ndim != 3:
         return False
     (e, f, h), (count, *rest) = up.shape, down.shape
     f, h = (h, f) if transposed else (f, h)

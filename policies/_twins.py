@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from accelerate_hooks.opaque import opaque_functions
-from accelerate_hooks.seam import seam_of
+from accelerate_hooks.seam import Seam
 
 _ROUTERS = ("gate", "router")
 
@@ -33,8 +33,9 @@ def router_of(module: nn.Module) -> str:
 
 def has_own_forward(module: nn.Module) -> bool:
     """Whether the forward of the module's class is what runs, and can run on a twin."""
-    seam = seam_of(module)
-    forward = module.forward if seam is None else seam.original
+    forward: Any = module.forward
+    while isinstance(forward, Seam):
+        forward = forward.original
     return getattr(forward, "__func__", None) is type(module).forward
 
 

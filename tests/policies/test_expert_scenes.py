@@ -2,6 +2,7 @@
 must do right or refuse. The oracle is a plain patch of each experts module, without us."""
 
 import contextlib
+import copy
 import fnmatch
 import threading
 
@@ -21,7 +22,7 @@ from transformers import (
 from transformers.distributed.expert_parallel import apply_expert_parallelism
 from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
-from accelerate_hooks import ExpertSkip, UnsupportedModelError, enable
+from accelerate_hooks import ExpertSkip, LazyStep, UnsupportedModelError, enable
 from accelerate_hooks.policies._experts import read_experts
 from accelerate_hooks.seam import Override
 
@@ -341,3 +342,23 @@ def test_an_adapter_on_the_experts(policy):
             without = adapted(**padded(), use_cache=False).logits
     assert torch.allclose(got, wanted, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(got, without, rtol=1e-2, atol=1e-2)
+
+
+def test_a_module_that_is_an_mlp_and_its_experts():
+    """HiDream's mixtures call a list of experts themselves: LazyStep reuses their output as that of
+    an MLP, ExpertSkip acts inside, and nothing of either stays."""
+    model, inputs = TINY["hidream"].build(), TINY["hidream"].inputs(2)
+    before = [dict(vars(module)) for module in model.modules()]
+    with torch.no_grad():
+        plain = model(**inputs)[0]
+        with enable(model, [LazyStep(scope="site"), ExpertSkip(top_k=1)]) as session:
+            paths = {(site.kind, site.path) for site in session.sites}
+            assert not torch.equal(model(**inputs)[0], plain)
+            assert torch.equal(copy.deepcopy(model)(**inputs)[0], plain)
+            mixture = model.double_stream_blocks[0].block.ff_i
+            replica = mixture._replicate_for_data_parallel()
+            assert not any(isinstance(value, Override) for value in vars(replica).values())
+        assert torch.equal(model(**inputs)[0], plain)
+    path = "double_stream_blocks.0.block.ff_i"
+    assert {("mlp", path), ("experts", path)} <= paths
+    assert [dict(vars(module)) for module in model.modules()] == before
