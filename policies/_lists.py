@@ -3,9 +3,10 @@
     for e, expert in enumerate(self.experts):
         out[rows_e] += weights_e * expert(x[rows_e])
 
-Which rows, only that module knows. So its own forward runs, on a twin of it in which the router
-gives the weights of the kept slots (zero elsewhere), and an expert computes the rows of the tokens
-that keep it; the others get zeros.
+Which rows, only that module knows. Where its router gives indices and weights (elsewhere see
+`_weighing`), its own forward runs on a twin of it in which the router gives the weights of the kept
+slots (zero elsewhere), and an expert computes the rows of the tokens that keep it; the others get
+zeros.
 """
 
 from __future__ import annotations
@@ -19,11 +20,23 @@ from torch import Tensor, nn
 from accelerate_hooks.call import Call
 from accelerate_hooks.opaque import opaque_functions
 from accelerate_hooks.policies._experts import slot_flops
-from accelerate_hooks.policies._twins import StandIn, keys, router_of, twin
+from accelerate_hooks.policies._twins import Nothing, StandIn, keys, router_of, twin
 
 Decide = Callable[[Tensor, Tensor], tuple[Tensor, Tensor] | None]
 """From indices and weights ``[T, k]``: which slots are kept, and all slots' new weights; None where
 all are kept."""
+
+
+def tells(call: Call) -> bool:
+    """Whether the router gives indices and weights, in a visit in which no expert runs."""
+    module: Any = call.site.module
+    name = router_of(module)
+    watched = _Watched(getattr(module, name))
+    silent = [Nothing(expert) for expert in module.experts]
+    args, kwargs = call.given()
+    with call.beside():
+        twin(module, experts=silent, **{name: watched}).forward(*args, **kwargs)
+    return _places(watched.seen) is not None
 
 
 def run(call: Call, decide: Decide) -> Any:
@@ -39,11 +52,6 @@ def run(call: Call, decide: Decide) -> Any:
         out = changed.forward(*args, **kwargs)
         if plan.spared:
             call.spare(plan.spared)
-        if not plan.asked:
-            call.inert(
-                f"expert_skip: {call.site.name}.{name} gives no indices and weights of one shape; "
-                "its experts are left alone"
-            )
         return out
 
     return call.compute(work)
@@ -54,18 +62,16 @@ class _Plan:
 
     def __init__(self, call: Call, decide: Decide) -> None:
         self.call, self.decide = call, decide
-        self.asked = False
         self.spared = 0.0
         self.x: Tensor | None = None
         self.indices: Tensor | None = None  # [T, k] on the host, -1 - e where e is dropped
 
     def route(self, x: Any, out: Any) -> Any:
         """The router's output with the weights of the kept slots."""
-        values = list(out) if isinstance(out, (tuple, list)) else []
-        found = _places(values)
+        found = _places(out)
         if found is None or not isinstance(x, Tensor):
             return out
-        self.asked = True
+        values = list(out)
         indices, weights = (values[place].flatten(0, -2) for place in found)
         decided = self.decide(indices, weights)
         if decided is None:
@@ -101,8 +107,10 @@ class _Plan:
         return wanted.topk(int(kept.sum())).indices.sort().values
 
 
-def _places(values: list[Any]) -> tuple[int, int] | None:
+def _places(values: Any) -> tuple[int, int] | None:
     """Which outputs of a router are indices and weights: ``[..., k]`` both."""
+    if not isinstance(values, (tuple, list)):
+        return None
     tensors = [i for i, v in enumerate(values) if isinstance(v, Tensor) and v.ndim >= 2]
     for i in tensors:
         for w in tensors:
@@ -110,6 +118,14 @@ def _places(values: list[Any]) -> tuple[int, int] | None:
             if whole and values[w].is_floating_point() and values[i].shape == values[w].shape:
                 return i, w
     return None
+
+
+class _Watched(StandIn):
+    seen: Any = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.seen = self._module(*args, **kwargs)
+        return self.seen
 
 
 class _Router(StandIn):

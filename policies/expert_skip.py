@@ -13,7 +13,7 @@ from accelerate_hooks.artifact import Artifact
 from accelerate_hooks.call import Call
 from accelerate_hooks.kernels import FALLBACKS, skip_experts
 from accelerate_hooks.opaque import opaque_functions, uncompiled
-from accelerate_hooks.policies import _choosing, _lists, _pruning
+from accelerate_hooks.policies import _lists, _pruning, _weighing
 from accelerate_hooks.policies._experts import Experts, error_of, read_experts, slot_flops
 from accelerate_hooks.policies._pruning import Criterion
 from accelerate_hooks.policies._routers import Plan, route
@@ -266,7 +266,8 @@ class ExpertSkip(Policy):
             )
             return call.proceed()
         listed = isinstance(module.experts, nn.ModuleList)
-        return (_lists if listed else _choosing).run(call, decide)
+        told = listed and call.known(lambda: _lists.tells(call), "tells")
+        return (_lists if told else _weighing).run(call, decide)
 
     @uncompiled
     def _slots(
