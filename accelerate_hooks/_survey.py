@@ -7,6 +7,7 @@ from dataclasses import asdict
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
+from accelerate_hooks.audit import worst
 from accelerate_hooks.site import Effect
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def survey(session: Session, run: int | None = None) -> Data:
         _line(session, root, site, by_site.get(site.name, []), run)
         for root, site in _sites(session)
     ]
-    summaries = [s for s in session.tally.recent if run is None or s.number == run]
+    summaries = [s for s in list(session.tally.recent) if run is None or s.number == run]
     totals = _totals(session, lines, summaries, run)
     for line in lines:
         line["flops_share"] = _share(line["flops_saved"], totals["flops_plain"])
@@ -153,7 +154,7 @@ def _line(session: Session, root: Root, site: Site, done: list[Data], run: int |
         "audit": {
             "count": len(errors),
             "mean": sum(errors) / len(errors) if errors else None,
-            "max": max(errors, default=None),
+            "max": worst(*errors) if errors else None,
         },
     }
 
@@ -244,10 +245,11 @@ def _audit(session: Session, done: list[Data], run: int | None) -> Data | None:
     if run is None:
         kept = list(audit.errors.values())
         count, total = sum(e.count for e in kept), sum(e.sum for e in kept)
-        largest = max((e.max for e in kept), default=None)
+        largest = worst(*(e.max for e in kept)) if kept else None
     else:
         errors = [v["numbers"]["true_error"] for v in done if "true_error" in v["numbers"]]
-        count, total, largest = len(errors), sum(errors), max(errors, default=None)
+        count, total = len(errors), sum(errors)
+        largest = worst(*errors) if errors else None
     return {
         "every": audit.every,
         "count": count,
@@ -281,7 +283,7 @@ def _never(session: Session, lines: list[Data], totals: Data) -> str | None:
     if session.dropped_for_bytes:
         times = session.dropped_for_bytes
         reasons.append(f"max_cache_bytes was passed and what was kept dropped ({times} times)")
-    longest = max((s.steps for s in session.tally.recent), default=0)
+    longest = max((s.steps for s in list(session.tally.recent)), default=0)
     if not reasons:
         reasons = [f"the policies chose to compute every visit (longest run: {longest} steps)"]
     return "; ".join([*reasons, *inert])

@@ -6,6 +6,7 @@ stays on its device until somebody asks: an audited loop reads nothing on the ho
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -95,10 +96,15 @@ class Audit:
                 errors = self.errors.setdefault(site, Errors())
                 errors.count += 1
                 errors.sum += value
-                errors.max = max(errors.max, value)
+                errors.max = worst(errors.max, value)
 
     def of(self, site: Site) -> Errors | None:
         return self.errors.get(site)
+
+
+def worst(*values: float) -> float:
+    """The largest, NaN if there is one."""
+    return math.nan if any(map(math.isnan, values)) else max(values)
 
 
 def _copy(path: tree.Path, leaf: torch.Tensor) -> torch.Tensor:

@@ -316,8 +316,9 @@ class Call:
         return self._frame.session.head(self, x)
 
     def read(self, *values: torch.Tensor) -> list[float]:
-        """Host values of tensors of one element each: the only host read, and it is counted."""
-        self._frame.count_read()
+        """Host values of tensors of one element each: the only host read, and it is counted. Raises
+        UnsupportedModelError while a CUDA graph is captured, which cannot hold one."""
+        self._count_read()
         if len(values) == 1:
             return [float(values[0])]
         flat = [v.detach().reshape(1).to(torch.float32) for v in values]
@@ -325,7 +326,7 @@ class Call:
 
     def read_rows(self, values: torch.Tensor) -> list[float]:
         """Host values of a vector, one a row: a counted host read like `read`."""
-        self._frame.count_read()
+        self._count_read()
         return values.detach().tolist()
 
     def given(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -384,6 +385,15 @@ class Call:
     @property
     def _policy_index(self) -> int:
         return self._policies[0][0]
+
+    def _count_read(self) -> None:
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            raise UnsupportedModelError(
+                f"{self._policies[0][1].name} decides at {self.site.name} from data, on the host, "
+                "and a CUDA graph is being captured; run without graphs, or use settings that "
+                "decide ahead of the data"
+            )
+        self._frame.count_read()
 
     def _with(
         self,

@@ -38,6 +38,14 @@ def _sdpa(out: torch.Tensor, given: list[Any]) -> int:
     return 2 * scores * (query.shape[-1] + out.shape[-1])
 
 
+def _mha(out: torch.Tensor, given: list[Any]) -> int:
+    """Of ``[length, batch, width]``: four projections, scores and their product with the values."""
+    query, key, value = given[:3]
+    width, batch = query.shape[-1], query.numel() // query.shape[0] // query.shape[-1]
+    projected = 2 * (2 * query.numel() + key.numel() + value.numel()) * width
+    return projected + 4 * batch * query.shape[0] * key.shape[0] * width
+
+
 _FORMULAS: dict[Any, Callable[[torch.Tensor, list[Any]], int]] = {
     F.linear: _matmul,
     torch.matmul: _matmul,
@@ -55,10 +63,14 @@ _FORMULAS: dict[Any, Callable[[torch.Tensor, list[Any]], int]] = {
     F.conv2d: _conv,
     F.conv3d: _conv,
     F.scaled_dot_product_attention: _sdpa,
+    F.multi_head_attention_forward: _mha,
 }
 for _owner, _name in ((F, "grouped_mm"), (torch, "_grouped_mm")):  # the first calls the second
     if hasattr(_owner, _name):
         _FORMULAS[getattr(_owner, _name)] = _matmul
+
+
+_FAST = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
 
 
 class FlopMode(TorchFunctionMode):
@@ -74,13 +86,19 @@ class FlopMode(TorchFunctionMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         formula = _FORMULAS.get(func)
-        if formula is not None and isinstance(out, torch.Tensor):
-            self.total += formula(out, [*args, *kwargs.values()])
+        if formula is not None:
+            first = out[0] if isinstance(out, tuple) else out
+            self.total += formula(first, [*args, *kwargs.values()])
         return out
 
 
 def can_count(model: nn.Module) -> bool:
-    """Not under Dynamo: a mode entered in one forward only would make it compile twice."""
+    """Not under Dynamo: a mode entered in one forward only would make it compile twice. Not where
+    PyTorch's own attention may take its fast path, since a mode turns that off."""
+    if torch.backends.mha.get_fastpath_enabled() and any(
+        isinstance(module, _FAST) for module in model.modules()
+    ):
+        return False
     if torch.compiler.is_compiling() or any(
         module._compiled_call_impl is not None for module in model.modules()
     ):

@@ -5,17 +5,18 @@ from __future__ import annotations
 import contextvars
 import inspect
 import time
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from accelerate_hooks import flow, tree
+from accelerate_hooks import flow
 from accelerate_hooks.flops import FlopMode
 from accelerate_hooks.form import flags
 from accelerate_hooks.opaque import opaque_functions
 from accelerate_hooks.patch import Patch
-from accelerate_hooks.recognise import Recogniser
+from accelerate_hooks.recognise import Recogniser, version_of
 from accelerate_hooks.run import Step
 from accelerate_hooks.seam import Seam
 from accelerate_hooks.site import Site, TokenLayout
@@ -55,6 +56,14 @@ class Root:
         return any(name in names for name in self.patch.timesteps)
 
 
+class Partial:
+    """A visit of which some rows are computed, and the share of these that is left out inside."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self.left_out = 0.0
+
+
 class Frame:
     """One forward of one root."""
 
@@ -91,7 +100,7 @@ class Frame:
         self.outer = outer
         self.arguments = arguments
         self.parent: Call | None = None
-        self.partial = False
+        self.partial: Partial | None = None
         self.cuts: list[Any] = []
         self.flops: FlopMode | None = None
         self.watch = root.flow.watch()
@@ -109,27 +118,26 @@ class Frame:
 
     @property
     def layout(self) -> TokenLayout | None:
-        """Of the tokens of this forward; asked once a run and shape (some read a tensor)."""
+        """Of the tokens of this forward; asked once."""
         if self._layout is _UNSET:
-            self._layout = self._find_layout()
+            rule = self.session.patch(self.root).layout_of(self.root)
+            self._layout = None if rule is None else rule(self.arguments, self.values_of)
         return self._layout
 
-    def _find_layout(self) -> TokenLayout | None:
-        patch = self.session.patch(self.root)
-        key: list[Any] = [self.root]
-        for name, value in self.arguments.items():
-            if name in patch.timesteps:
-                continue
-            found = [t for _, t in tree.leaves(value)]
-            key += [name, *((tuple(t.shape), id(t), t._version) for t in found if t.ndim <= 2)]
-            key += [tuple(t.shape) for t in found if t.ndim > 2]
-            if not found:  # sizes of the grid
-                key.append(repr(value) if isinstance(value, (int, list, tuple)) else type(value))
-        layouts = self.step.run.layouts
-        if (known := tuple(key)) not in layouts:
-            rule = patch.layout_of(self.root)
-            layouts[known] = None if rule is None else rule(self.arguments)
-        return layouts[known]
+    def values_of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor on the host: read once a run, as long as it is that tensor and nobody has
+        written to it (a tensor of inference mode does not tell, and is read each time)."""
+        if tensor.device.type == "cpu":
+            return tensor
+        readings = self.step.run.readings
+        for known, version, values in readings:
+            if known() is tensor and version == version_of(tensor):
+                return values
+        self.count_read()
+        values = tensor.detach().cpu()
+        if not tensor.is_inference():
+            readings.append((weakref.ref(tensor), version_of(tensor), values))
+        return values
 
     def count_read(self) -> None:
         self.session.host_reads += 1
@@ -173,7 +181,11 @@ class Frame:
         self.session.skips[policy] = self.session.skips.get(policy, 0) + 1
 
     def leave_out(self, site: Site, shape: tuple[int, ...], share: float = 1.0) -> None:
-        """Count a visit of x's ``shape`` as left out, or a share of its rows."""
+        """Count a visit of x's ``shape`` as left out, or a share of its rows; inside a visit of the
+        site of which only some rows are computed, that visit counts for both."""
+        if self.partial is not None and self.partial.site is site:
+            self.partial.left_out += share
+            return
         saved = self.session.record(site).count_skip(shape, share)
         self.left_out += 1
         numbers = {} if share == 1.0 else {"share_left_out": share}

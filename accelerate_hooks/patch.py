@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import nn
 
 from accelerate_hooks.site import Site, TokenLayout
 
-LayoutRule = Callable[[dict[str, Any]], TokenLayout | None]
+LayoutRule = Callable[[dict[str, Any], Callable[[torch.Tensor], torch.Tensor]], TokenLayout | None]
+"""From the arguments of a forward, and a function that gives a tensor on the host."""
 
 
 class Patch:

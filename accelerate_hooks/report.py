@@ -39,7 +39,9 @@ class Report:
         Raises ReportError for a run that the session does not know (any more).
         """
         if run is not None:
-            known = sorted({s.number for s in session.tally.recent} | set(session.trace.runs()))
+            known = sorted(
+                {s.number for s in list(session.tally.recent)} | set(session.trace.runs())
+            )
             if run not in known:
                 shown = ", ".join(map(str, known[-8:])) or "none yet"
                 raise ReportError(f"there is no run {run!r} in this session; its latest: {shown}")
@@ -68,7 +70,11 @@ class Report:
             )
         if not path.parent.is_dir():
             raise ReportError(f"{path}: there is no folder {path.parent}; make it first")
-        write_atomically(path, make(self._data))
+        content = make(self._data)
+        try:
+            write_atomically(path, content)
+        except OSError as error:
+            raise ReportError(f"{path} cannot be written ({error}); give another path") from error
         return path
 
     def __str__(self) -> str:

@@ -8,6 +8,7 @@ import torch
 
 from accelerate_hooks import reading, stand_in, tree
 from accelerate_hooks.errors import UnsupportedModelError
+from accelerate_hooks.frame import Partial
 from accelerate_hooks.opaque import opaque_functions
 from accelerate_hooks.reading import Axis, Reading
 
@@ -55,8 +56,9 @@ def proceed(
     if known is None:
         known = _known(call, (args, kwargs), go, stay, axes)
         record.remember(key, known)
-    part = _part(call, (args, kwargs), go, stay, known)
-    frame.leave_out(site, tuple(x.shape), stay.numel() / batch)
+    inside = Partial(site)
+    part = _part(call, (args, kwargs), go, stay, known, inside)
+    frame.leave_out(site, tuple(x.shape), (stay.numel() + go.numel() * inside.left_out) / batch)
     return record.fill(call, *_merged(call, *call.outputs(part), go, batch, rest))
 
 
@@ -98,7 +100,7 @@ def _known(
 
         def attempt(trial: Reading) -> torch.Tensor:
             torch.random.set_rng_state(state)
-            return call.outputs(_part(call, given, go, stay, trial, peek=True))[0]
+            return call.outputs(_part(call, given, go, stay, trial))[0]
 
         name, cache = stand_in.find(call.arguments())
         args, kwargs = given
@@ -124,10 +126,10 @@ def _part(
     go: torch.Tensor,
     stay: torch.Tensor,
     known: Reading,
-    peek: bool = False,
+    inside: Partial | None = None,
 ) -> Any:
-    """The site's output on the rows ``go``, with the keys and values of ``stay`` written too (to a
-    copy of the cache's layer for ``peek``)."""
+    """The site's output on the rows ``go``, with the keys and values of ``stay`` written too; for a
+    look, without ``inside``, to a copy of the cache's layer and past the other policies."""
     frame = call._frame
     args, kwargs = given
     named = dict(zip(call.site.port.parameters, args, strict=False))
@@ -147,10 +149,10 @@ def _part(
     standing = None
     if cache is not None:
         kept = stand_in.capture(lambda s: frame.plain(call._seam, *split(stay, s)), cache, stay)
-        standing = stand_in.merged(cache, go, stay, kept, peek)
-    if peek:
+        standing = stand_in.merged(cache, go, stay, kept, inside is None)
+    if inside is None:
         return frame.plain(call._seam, *split(go, standing))
-    outer, frame.partial = frame.partial, True
+    outer, frame.partial = frame.partial, inside
     try:
         return call._next(*split(go, standing))
     finally:

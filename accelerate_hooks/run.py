@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -21,7 +22,8 @@ class Run:
     """One generation. ``slots`` holds everything that policies keep; it goes with the run.
 
     ``signal`` names how the run was recognised, ``ambiguous`` says in words why it could not be
-    trusted (every policy then computes in full).
+    trusted (every policy then computes in full). A run that the user declared has ``trails``, one a
+    model, and is ``cached`` once a KV cache is bound to it.
     """
 
     signal: str
@@ -38,11 +40,13 @@ class Run:
     peak_bytes: int = 0
     generators: dict[int, torch.Generator] = field(default_factory=dict)
     cuts: list[Any] = field(default_factory=list)
-    layouts: dict[Hashable, Any] = field(default_factory=dict)
+    trails: dict[Any, Any] = field(default_factory=dict)
+    cached: bool = False
+    readings: deque[Any] = field(default_factory=lambda: deque(maxlen=4))
 
     def measure(self) -> int:
         seen: set[int] = set()
-        self.bytes = sum(tree.nbytes(slot.value, seen) for slot in self.slots.values())
+        self.bytes = sum(tree.nbytes(slot.value, seen) for slot in list(self.slots.values()))
         self.peak_bytes = max(self.peak_bytes, self.bytes)
         return self.bytes
 
@@ -50,8 +54,22 @@ class Run:
         self.slots.clear()
         self.generators.clear()
         self.cuts.clear()
-        self.layouts.clear()
+        self.readings.clear()
         self.bytes = 0
+
+    def restart(self) -> None:
+        """Begin anew, while it goes on to be the user's declared run."""
+        self.clear()
+        self.trails.clear()
+        self.index = -1
+
+    def end(self) -> None:
+        """Give back what policies keep. What they left out of a KV cache stays known: the cache
+        may be used on."""
+        cuts = list(self.cuts)
+        self.ended = True
+        self.restart()
+        self.cuts = cuts
 
     def map_rows(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Apply a reordering of the batch to every slot that was declared to have a batch axis;

@@ -87,10 +87,10 @@ class Tally:
 
     def signals(self) -> dict[str, int]:
         """How many runs were recognised by each signal."""
-        return dict((self.older + Counter(s.signal for s in self.recent)).most_common())
+        return dict((self.older + Counter(s.signal for s in list(self.recent))).most_common())
 
     def ambiguous(self) -> dict[str, int]:
-        reasons = Counter(s.ambiguous for s in self.recent if s.ambiguous is not None)
+        reasons = Counter(s.ambiguous for s in list(self.recent) if s.ambiguous is not None)
         return dict((self.older_ambiguous + reasons).most_common())
 
     def bytes_now(self) -> int:

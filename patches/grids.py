@@ -7,7 +7,7 @@ where text stands in a joint sequence: before the picture, behind it, or nowhere
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +19,9 @@ from accelerate_hooks.patch import LayoutRule
 from accelerate_hooks.site import TokenLayout
 
 Text = Literal["first", "last"] | None
+Config = Mapping[str, Any]
+Given = dict[str, Any]
+Values = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Latents:
     text: Text = None
     x: str = "hidden_states"
 
-    def grid(self, config: Mapping[str, Any], given: dict[str, Any]) -> tuple[int, ...] | None:
+    def grid(self, config: Config, given: Given, values: Values) -> tuple[int, ...] | None:
         x = given.get(self.x)
         if not isinstance(x, torch.Tensor) or x.ndim != len(self.axes) + 1:
             return None
@@ -51,7 +54,7 @@ class Named:
     names: tuple[str, str, str]
     text: Text = None
 
-    def grid(self, config: Mapping[str, Any], given: dict[str, Any]) -> tuple[int, ...] | None:
+    def grid(self, config: Config, given: Given, values: Values) -> tuple[int, ...] | None:
         found = [given.get(name) for name in self.names]
         return None if None in found else tuple(int(size) for size in found if size is not None)
 
@@ -63,13 +66,13 @@ class Positions:
     ids: str
     text: Text = None
 
-    def grid(self, config: Mapping[str, Any], given: dict[str, Any]) -> tuple[int, ...] | None:
+    def grid(self, config: Config, given: Given, values: Values) -> tuple[int, ...] | None:
         ids = given.get(self.ids)
         if not isinstance(ids, torch.Tensor):
             return None
-        ids = ids[0] if ids.ndim == 3 else ids
-        height, width = (int(size) + 1 for size in ids[:, 1:].amax(0).tolist())
-        return (1, height, width) if height * width == len(ids) else None
+        rows = values(ids)[0] if ids.ndim == 3 else values(ids)
+        height, width = (int(size) + 1 for size in rows[:, 1:].amax(0))
+        return (1, height, width) if height * width == len(rows) else None
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class Shapes:
     name: str
     text: Text = None
 
-    def grid(self, config: Mapping[str, Any], given: dict[str, Any]) -> tuple[int, ...] | None:
+    def grid(self, config: Config, given: Given, values: Values) -> tuple[int, ...] | None:
         shapes = given.get(self.name)
         while isinstance(shapes, list):
             if len({str(shape) for shape in shapes}) != 1:
@@ -114,8 +117,8 @@ def layout_of(model: nn.Module) -> LayoutRule | None:
     return functools.partial(_layout, rule, dict(getattr(model, "config", {})))
 
 
-def _layout(rule: Rule, config: dict[str, Any], given: dict[str, Any]) -> TokenLayout | None:
-    grid = rule.grid(config, given)
+def _layout(rule: Rule, config: Config, given: Given, values: Values) -> TokenLayout | None:
+    grid = rule.grid(config, given, values)
     if grid is None:
         return None
     frames, height, width = grid

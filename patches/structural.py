@@ -107,6 +107,8 @@ def inside(block: nn.Module) -> Iterator[tuple[Kind, str, nn.Module]]:
         if around.rpartition(".")[2] == "experts":  # one of a list: it gets the rows of some tokens
             kind = None
             done.append(name)
+        elif kind == "experts" and _has_other_ways(block.get_submodule(around), module):
+            kind = None
         elif _routes_inside(module):
             yield "experts", name, module
         if kind is None:
@@ -132,6 +134,20 @@ def kind_of(name: str, module: nn.Module) -> Kind | None:
 
 def _holds_experts(module: nn.Module) -> bool:
     return any(name.rpartition(".")[2] == "experts" for name, _ in module.named_modules())
+
+
+def _has_other_ways(parent: nn.Module, experts: nn.Module) -> bool:
+    """The module around asks its experts by another method than ``forward`` (transformers' MXFP4
+    ones), which nobody would see."""
+    code = getattr(inspect.unwrap(type(parent).forward), "__code__", None)
+    own = {
+        name
+        for cls in type(experts).__mro__
+        if cls.__module__.partition(".")[0] != "torch"
+        for name, value in vars(cls).items()
+        if inspect.isfunction(value) and name != "forward" and not name.startswith("__")
+    }
+    return code is not None and not own.isdisjoint(code.co_names)
 
 
 def _routes_inside(module: nn.Module) -> bool:

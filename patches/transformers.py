@@ -116,7 +116,7 @@ class TransformersPatch(StructuralPatch):
 
 
 @opaque
-def _line(given: dict[str, Any]) -> TokenLayout | None:
+def _line(given: dict[str, Any], values: Any) -> TokenLayout | None:
     names = ("inputs_embeds", "input_ids", "input_features", "input_values")
     x = next((given[n] for n in names if isinstance(given.get(n), torch.Tensor)), None)
     return None if x is None or x.ndim < 2 else TokenLayout(1, 1, x.shape[1])

@@ -17,9 +17,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    for name in ("batch", "rounds", "steps"):
-        if getattr(options, name) < 1:
+    for name in ("batch", "rounds", "steps", "threads"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
             raise AccelerateHooksError(f"--{name} must be at least 1")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AccelerateHooksError(f"--out {options.out} is no folder: {error}") from error
     try:
         import diffusers  # noqa: F401
     except ImportError as error:
@@ -36,6 +41,8 @@ def run(options: argparse.Namespace) -> int:
     print(f"\n{options.batch} images of {options.steps} steps, guidance 2, two branches a step\n")
     print(result)
     print()
+    if options.steps != show.STEPS:
+        print(f"the learned gates are good for {show.STEPS} steps, and were left out\n")
     for path in show.write(result, options.out):
         print(f"wrote {path}")
     return 0

@@ -114,8 +114,9 @@ def _of_folder(folder: Path) -> dict[str, nn.Module]:
         ) from None
     except ValueError as error:
         raise UnsupportedModelError(f"{folder / 'config.json'} is not JSON: {error}") from None
-    names = config.get("architectures") or [None]
-    name = config.get("_class_name") or names[0]
+    found = config if isinstance(config, dict) else {}
+    names = found.get("architectures") or [None]
+    name = found.get("_class_name") or names[0]
     if not isinstance(name, str):
         raise UnsupportedModelError(
             f"{folder / 'config.json'} names no model class (_class_name or architectures); give "

@@ -5,9 +5,19 @@ from typing import ClassVar
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from tiny_models import TINY
 
-from accelerate_hooks import Effect, LazyStep, Policy, SpecError, enable
+from accelerate_hooks import (
+    DraftAttention,
+    Effect,
+    ExpertSkip,
+    LazyStep,
+    Policy,
+    SpecError,
+    enable,
+)  # fmt: skip
+from accelerate_hooks.audit import worst
 from accelerate_hooks.demo.pipeline import load_digits_pipeline, seeded_latents
 
 
@@ -144,3 +154,134 @@ def test_a_layout_follows_from_all_that_it_is_read_from(name, change):
 def test_an_empty_glob_is_refused():
     with pytest.raises(SpecError, match="matches no path"):
         enable(TINY["dit"].build(), Act(), only="")
+
+
+def flux_ids(height, width):
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.stack((torch.zeros_like(rows), rows, columns), -1).reshape(-1, 3).float()
+
+
+def test_a_layout_is_that_of_each_forward_whatever_its_tensors_are_called():
+    """Ids made anew for each forward take the places of freed ones in memory."""
+    model, inputs = TINY["flux"].build(), TINY["flux"].inputs(1)
+    tokens = inputs["hidden_states"].shape[1]
+    grids = [(4, tokens // 4), (tokens // 4, 4)] * 4
+    times, look = torch.linspace(1, 0.1, 8), Act()
+    with torch.no_grad(), enable(model, look, only="transformer_blocks.*"):
+        for t, (height, width) in zip(times, grids, strict=True):
+            model(**inputs | {"img_ids": flux_ids(height, width), "timestep": t[None]})
+    assert [layout.grid[1:] for layout in look.layouts[-8:]] == grids
+
+
+@pytest.mark.parametrize("name", ["flux", "wan", "llama", "qwen3_moe"])
+@pytest.mark.parametrize("policy", [DraftAttention(pool=(2, 2)), ExpertSkip(ratio=0.8)], ids=str)
+def test_inference_mode_is_like_no_grad(name, policy):
+    if (policy.name == "expert_skip") != (name == "qwen3_moe"):
+        pytest.skip("no such sites")
+    policy = DraftAttention(pool=(4,)) if name == "llama" else policy
+    outputs = []
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            model, inputs = TINY[name].build(), TINY[name].inputs(2)
+            with enable(model, policy):
+                out = model(**inputs)
+                outputs.append((out if isinstance(out, tuple) else tuple(out.values()))[0].clone())
+    assert torch.equal(*outputs)
+
+
+def test_half_the_rows_by_one_and_the_rest_by_another_are_one_visit():
+    @dataclass(frozen=True, kw_only=True)
+    class Half(Policy):
+        name: ClassVar[str] = "half"
+        kinds = ("block",)
+        whole: bool = False
+
+        def around(self, call):
+            if call.step.index == 0:
+                return call.proceed()
+            return call.skip() if self.whole else call.proceed(rows=[True, False])
+
+    model, inputs = TINY["dit"].build(), TINY["dit"].inputs(2)
+    told = []
+    for policies in ([Half()], [Half(), Half(whole=True)]):
+        with torch.no_grad(), enable(model, policies) as session, session.run(4):
+            for t in (4, 3, 2, 1):
+                model(**inputs | {"timestep": torch.full_like(inputs["timestep"], t)})
+        report = session.report().to_dict()
+        totals = report["totals"]
+        assert all(line["visits"] == 4 and line["computed"] == 1 for line in report["sites"])
+        told.append((totals["skipped"], totals["partly"], totals["flops_saved"]))
+    (none, half, saved), (whole, part, more) = told
+    assert none == part == 0 and half == whole and more == 2 * saved
+
+
+class Fast(torch.nn.Module):
+    """A denoiser with PyTorch's own attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(
+            torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True) for _ in range(3)
+        )
+
+    def forward(self, hidden_states, timestep):
+        for block in self.blocks:
+            hidden_states = block(hidden_states)
+        return hidden_states
+
+
+def test_counting_turns_no_fast_path_off():
+    torch.manual_seed(0)
+    model = Fast().eval()
+    x, t = torch.randn(2, 5, 16), torch.ones(2)
+    with torch.no_grad():
+        plain = model(x, t)
+        with enable(model, LazyStep.exact()):
+            assert torch.equal(model(x, t), plain)
+
+
+def test_the_worst_of_errors_with_a_nan_is_nan():
+    assert worst(0.1, float("nan"), 0.5) != worst(0.1, float("nan"), 0.5)
+    assert worst(0.1, 0.5) == 0.5
+
+
+class Turns(DiffusionPipeline):
+    """Two models that take turns, each with two branches."""
+
+    def __init__(self, transformer, transformer_2, scheduler):
+        super().__init__()
+        self.register_modules(
+            transformer=transformer, transformer_2=transformer_2, scheduler=scheduler
+        )
+
+    @torch.no_grad()
+    def __call__(self, inputs, other):
+        self.scheduler.set_timesteps(12)
+        x = inputs["hidden_states"]
+        for i, t in enumerate(self.scheduler.timesteps):
+            model = self.transformer_2 if i % 2 else self.transformer
+            given = inputs | {"hidden_states": x, "timestep": t.expand(len(x))}
+            on, off = (model(**given | {"encoder_hidden_states": c})[0] for c in (
+                inputs["encoder_hidden_states"], other,
+            ))  # fmt: skip
+            x = self.scheduler.step(off + 2 * (on - off), t, x, return_dict=False)[0]
+        return x
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_second_model_of_a_run_takes_nothing_from_the_first(seed):
+    """What is found out about the second in its first forward must not make the first run another
+    than those after it."""
+    inputs = TINY["wan"].inputs(1)
+    text = inputs["encoder_hidden_states"]
+    other = torch.randn(text.shape, generator=torch.Generator().manual_seed(seed))
+    policy = LazyStep(scope="stack", criterion="change", warmup=1, cooldown=1, threshold=0.5)
+    second = TINY["wan"].build()
+    with torch.no_grad():
+        for p in second.parameters():
+            p.mul_(1.05)
+    pipe = Turns(TINY["wan"].build(), second, FlowMatchEulerDiscreteScheduler())
+    with enable(pipe, policy) as session:
+        outputs = [pipe(inputs, other) for _ in range(2)]
+        assert any(session.skips.values())
+    assert torch.equal(*outputs)

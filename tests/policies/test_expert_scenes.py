@@ -362,3 +362,39 @@ def test_a_module_that_is_an_mlp_and_its_experts():
     path = "double_stream_blocks.0.block.ff_i"
     assert {("mlp", path), ("experts", path)} <= paths
     assert [dict(vars(module)) for module in model.modules()] == before
+
+
+def test_experts_that_are_asked_in_another_way_are_refused():
+    """As transformers' MXFP4 GPT-OSS does: what nobody calls cannot be intercepted."""
+
+    class Routed(type(TINY["mixtral"].build().model.layers[0].mlp.experts)):
+        def forward_routed(self, hidden, routing):
+            return self.forward(hidden, *routing)
+
+    class Mixture(nn.Module):
+        def __init__(self, plain):
+            super().__init__()
+            self.gate, self.experts = plain.gate, plain.experts
+            self.experts.__class__ = Routed
+
+        def forward(self, hidden):
+            _, weights, indices = self.gate(hidden.flatten(0, -2))
+            routed = self.experts.forward_routed(hidden.flatten(0, -2), (indices, weights))
+            return routed.view(hidden.shape)
+
+    model = TINY["mixtral"].build()
+    for layer in model.model.layers:
+        layer.mlp = Mixture(layer.mlp)
+    with pytest.raises(UnsupportedModelError, match="expert_skip found no experts site"):
+        enable(model, ExpertSkip(top_k=1))
+
+
+def test_a_decision_inside_a_cuda_graph_is_refused(monkeypatch):
+    model = TINY["mixtral"].build()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with torch.no_grad(), enable(model, ExpertSkip(top_k=2)):
+        model(**padded())
+    refused = pytest.raises(UnsupportedModelError, match="a CUDA graph is being captured")
+    with torch.no_grad(), enable(model, ExpertSkip(ratio=0.8)), refused:
+        model(**padded())
