@@ -125,6 +125,11 @@ def _addressed(policy: Any, only: str | None) -> Iterable[Addressed]:
 
 
 def _models(target: Any) -> Pipeline:
+    if isinstance(target, torch.jit.ScriptModule):
+        raise UnsupportedModelError(
+            f"{type(target).__name__} runs outside Python, where nothing can be intercepted; give "
+            "the model before torch.jit.script"
+        )
     if isinstance(target, nn.Module):
         return Pipeline({"": _uncompiled(target)}, None)
     pipeline = pipeline_of(target)

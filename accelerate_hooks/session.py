@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextvars
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from accelerate_hooks.call import Call
 from accelerate_hooks.errors import SpecError, UnsupportedModelError
 from accelerate_hooks.flops import FlopMode, can_count
 from accelerate_hooks.frame import FRAME, HEADING, PLAIN_INSIDE, Frame, Root
+from accelerate_hooks.held import Held
 from accelerate_hooks.listen import begin, follow_scheduler
 from accelerate_hooks.opaque import opaque_functions
 from accelerate_hooks.patch import Patch
@@ -34,7 +34,6 @@ from accelerate_hooks.trace import Trace
 if TYPE_CHECKING:
     from accelerate_hooks.recipe import Addressed
 
-_PAUSED: contextvars.ContextVar[bool] = contextvars.ContextVar("paused", default=False)
 _SHAPES_COUNTED = 16
 _COUNTED_IN_PART = 8  # forwards in which something was left out while FLOPs were counted
 
@@ -73,6 +72,7 @@ class Session:
         self._records: dict[Site, Record] = {}
         self._roots = {id(root.model): root for root in roots}
         self.schedules = Schedules()
+        self._pauses: Held[bool] = Held()
         self._warned: set[str] = set()
         self._reach: dict[Site, Any] = {}
         self._trains = bool(policies) and all(policy.trains for policy in policies)
@@ -126,6 +126,8 @@ class Session:
 
     def reset(self) -> None:
         """Forget every run; the next forward starts clean."""
+        for run in self.schedules.explicit.everywhere():
+            run.restart()
         for root in self._roots.values():
             root.recogniser.forget()
 
@@ -140,11 +142,8 @@ class Session:
     @contextmanager
     def paused(self) -> Generator[None]:
         """Inside, in this thread or task, the model computes plainly."""
-        token = _PAUSED.set(True)
-        try:
+        with self._pauses.hold(True):
             yield
-        finally:
-            _PAUSED.reset(token)
 
     def report(self, run: int | None = None) -> Any:
         from accelerate_hooks.report import Report
@@ -306,16 +305,20 @@ class Session:
         if frame.watch is None:
             return self._dispatch(frame, seam, site, args, kwargs)
         state, before = torch.get_rng_state(), self._counters(frame)
-        try:
-            return self._dispatch(frame, seam, site, args, kwargs)
-        except flow.Unsure:
-            if cache_of(frame.arguments)[1] is not None:
-                raise UnsupportedModelError(
-                    f"{type(root.model).__name__}: several outputs of a block are shaped like its "
-                    "input; run one forward without a KV cache first, or give the family a patch"
-                ) from None
-        frame.watch, frame.plainly = root.flow.watch(), True
+        cached = cache_of(frame.arguments)[1] is not None
+        if cached or not frame.step.run.slots:  # else: of another model, not to be begun again
+            try:
+                return self._dispatch(frame, seam, site, args, kwargs)
+            except flow.Unsure:
+                if cached:
+                    raise UnsupportedModelError(
+                        f"{type(root.model).__name__}: several outputs of a block are shaped like "
+                        "its input; run one forward without a KV cache first, or give the family a "
+                        "patch"
+                    ) from None
+            frame.step.run.clear()
         self._rewind(frame, state, before)
+        frame.watch, frame.plainly = root.flow.watch(), True
         seam.original(*args, **kwargs)
         root.flow.settle(self, root, frame.watch or flow.Watch())
         frame.watch, frame.plainly = None, False
@@ -335,7 +338,6 @@ class Session:
         self.skips = dict(skips)
         self.trace.cut(entries)
         self.host_reads = reads
-        frame.step.run.clear()
         torch.set_rng_state(state)
 
     def generate(self, override: Any, site: Site, args: Any, kwargs: Any) -> Any:
@@ -354,10 +356,10 @@ class Session:
         run = frame.step.run
         if frame.watch is not None:
             root.flow.settle(self, root, frame.watch)
-        if frame.step.phase == "prefill" and run.signal == "forward":
+        if frame.step.phase == "prefill" and not run.cached:
             made = getattr(out, "past_key_values", None)
             if stand_in.is_cache(made):
-                run.signal = "cache"
+                run.signal = "cache" if run.signal == "forward" else run.signal
                 root.recogniser.bind_cache(made, run)
         self._bound(run)
         x = frame.arguments.get(root.site.port.x)
@@ -397,7 +399,7 @@ class Session:
             warnings.warn(why, InertWarning, stacklevel=2)
 
     def is_paused(self) -> bool:
-        return not self._active or _PAUSED.get()
+        return not self._active or bool(self._pauses.get())
 
     def _inert(self, model: nn.Module) -> str | None:
         if self.is_paused():

@@ -102,10 +102,23 @@ def test_inspect_says_what_is_wrong(capsys: Captured, tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_text("{")
     assert "is not JSON" in refused(capsys, str(tmp_path))
-    config.write_text("{}")
-    assert "names no model class" in refused(capsys, str(tmp_path))
+    for text in ("{}", "[]"):
+        config.write_text(text)
+        assert "names no model class" in refused(capsys, str(tmp_path))
     config.write_text(json.dumps({"_class_name": "DiTTransformer2DModel", "in_channels": "x"}))
     assert "cannot be built" in refused(capsys, str(tmp_path))
+
+
+def test_the_demo_asks_for_what_it_can_do_before_it_starts(
+    capsys: Captured, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    for arguments, words in (
+        (["--threads", "-3"], "--threads must be at least 1"),
+        (["--out", str(tmp_path / "file")], "is no folder"),
+    ):
+        assert main(["demo", *arguments]) == 1
+        assert words in capsys.readouterr().err
 
 
 def test_a_wrong_command_line(capsys: Captured) -> None:

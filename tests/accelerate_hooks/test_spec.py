@@ -137,6 +137,12 @@ def test_a_recipe_says_all_of_a_policy(
     assert parse(str(path), REGISTRY) == entries
 
 
+@pytest.mark.parametrize("spec", [None, 5, b"lazy_step"])
+def test_a_spec_is_a_string(spec: Any) -> None:
+    with pytest.raises(SpecError, match="a spec is a string"):
+        parse(spec)
+
+
 @given(st.text(alphabet="wide:,+@='[]{}\"0.1e x\n", max_size=30) | st.text(max_size=20))
 def test_any_text_parses_or_is_an_error_of_ours(text: str) -> None:
     try:
