@@ -13,6 +13,11 @@ from accelerate_hooks.recognise import Clock
 from accelerate_hooks.run import Run, Step
 from accelerate_hooks.schedule import Schedules
 
+SEVERAL = (
+    "several session.run() are open and nothing tells whose forward this is; open each in a with "
+    "statement of the function or generator that makes its forwards"
+)
+
 
 def step_of(root: Root, schedules: Schedules, arguments: dict[str, Any]) -> Step:
     patch, recogniser = root.patch, root.recogniser
@@ -26,6 +31,12 @@ def step_of(root: Root, schedules: Schedules, arguments: dict[str, Any]) -> Step
         :1
     ]
     clock = Clock.read(timestep)
+    moment = None if clock is None else clock.value
+    declared = schedules.explicit.get()
+    if len(declared) > 1:
+        run = Run(signal="session.run()", index=0, ambiguous=SEVERAL)
+        return Step(run, 0, None, "denoise", root.name or "main", run.signal, timestep, moment)
+    explicit = declared[0] if declared else None
     schedule = schedules.current.get()
     run, index, branch, signal = recogniser.of_loop(
         shape,
@@ -33,11 +44,10 @@ def step_of(root: Root, schedules: Schedules, arguments: dict[str, Any]) -> Step
         given,
         schedules.context_name.get(),
         schedule,
-        schedules.explicit.get(),
+        explicit,
     )
-    moment = None if clock is None else clock.value
     known = schedule if schedule is not None and schedule.run is run else None
-    if known is None and schedule is not None and run is schedules.explicit.get():
+    if known is None and schedule is not None and run is explicit:
         # a pipeline inside a declared run: its scheduler was set after that began
         inside = not schedule.run.ended and schedule.run.number > run.number
         known = schedule if inside else None
@@ -58,20 +68,21 @@ def step_of(root: Root, schedules: Schedules, arguments: dict[str, Any]) -> Step
 
 def _step_of_sequence(root: Root, schedules: Schedules, arguments: dict[str, Any]) -> Step:
     _, cache = cache_of(arguments)
-    explicit = schedules.explicit.get()
+    declared = schedules.explicit.get()
+    explicit = declared[0] if len(declared) == 1 else None
     positions = arguments.get("position_ids")
     length = length_of(arguments)
     if cache is None:
         run = Run(signal="forward", index=0)
         can_cache = arguments.get("use_cache") is not False and length > 0
         phase = "prefill" if can_cache else "encode"
-        if explicit is not None:
+        if len(declared) > 1:
+            run.ambiguous = SEVERAL
+        if explicit is not None and not (can_cache and explicit.cached):  # else of another cache
             explicit.index += 1
             run = explicit
         return Step(run, run.index, None, phase, root.name or "main", run.signal)
-    run = root.recogniser.of_cache(cache) if explicit is None else explicit
-    if explicit is not None:
-        explicit.index += 1
+    run = root.recogniser.of_cache(cache, explicit)
     phase = "decode" if length == 1 and run.index > 0 else "prefill"
     return Step(run, run.index, None, phase, root.name or "main", run.signal, positions=positions)
 

@@ -128,16 +128,28 @@ class Recogniser:
 
     # -- language ----------------------------------------------------------------------------
 
-    def of_cache(self, cache: Any) -> Run:
+    def of_cache(self, cache: Any, declared: Run | None = None) -> Run:
+        """The run of a forward with a KV cache: the declared one for its first cache, else the
+        cache's own, since in one run the rows of two caches cannot be told apart."""
         run = self._by_cache.get(cache)
-        if run is None or run.broken:
+        if declared is not None and not declared.cached:
+            run = declared
+            self.bind_cache(cache, run)
+        elif run is None or run.ended or (run.broken and run is not declared):
             run = Run(signal="cache")
             self.bind_cache(cache, run)
         run.index += 1
         return run
 
     def bind_cache(self, cache: Any, run: Run) -> None:
-        """From now on the run is the cache's, and dies with it."""
+        """From now on the run is the cache's, and dies with it; what the one before left out of the
+        cache is still not there."""
+        before = self._by_cache.get(cache)
+        if before is not None:
+            run.cuts += before.cuts
+            before.cuts.clear()
+            unfollow(cache, before)
+        run.cached = True
         self._by_cache[cache] = run
         follow(cache, run)
 
@@ -160,8 +172,11 @@ class Recogniser:
         """(run, step index, branch, signal) of a forward in a denoising loop."""
         trail = self._trail.get()
         if explicit is not None:
-            if trail is None or trail.run is not explicit:
-                trail = self._start(explicit, shape, clock)
+            trail = explicit.trails.get(self)
+            if trail is None:
+                self._stop()
+                trail = explicit.trails[self] = Trail(explicit, shape, clock)
+                self._trails.add(trail)
             moved = self._moved(trail, clock)
         elif scheduler is not None and not scheduler.run.ended:
             if trail is not None and trail.run is scheduler.run:
@@ -221,14 +236,18 @@ class Recogniser:
         return trail.run, trail.run.index, branch, signal
 
     def _start(self, run: Run, shape: Any, clock: Clock | None) -> Trail:
-        old = self._trail.get()
-        if old is not None and old.run is not run:
-            old.run.ended = True
-            old.run.clear()
+        self._stop(run)
         trail = Trail(run, shape, clock)
         self._trails.add(trail)
         self._trail.set(trail)
         return trail
+
+    def _stop(self, other: Run | None = None) -> None:
+        """The current run of this context ends where ``other``, or a declared run, begins."""
+        old = self._trail.get()
+        if old is not None and old.run is not other:
+            old.run.ended = True
+            old.run.clear()
 
     def _moved(self, trail: Trail, clock: Clock | None) -> bool:
         if clock is None or trail.clock is None:

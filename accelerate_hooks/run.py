@@ -61,7 +61,7 @@ class Run:
         """Begin anew, while it goes on to be the user's declared run."""
         self.clear()
         self.trails.clear()
-        self.index = -1
+        self.index, self.cached = -1, False
 
     def end(self) -> None:
         """Give back what policies keep. What they left out of a KV cache stays known: the cache

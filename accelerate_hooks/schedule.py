@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from accelerate_hooks.held import Held
 from accelerate_hooks.opaque import opaque_functions
 from accelerate_hooks.own import Own
 from accelerate_hooks.run import Run
@@ -54,13 +55,11 @@ class Schedule:
 
 
 class Schedules:
-    """The current `Schedule` of each context, and the run that the user declared, if any."""
+    """The current `Schedule` of each context, and the runs that the user declared."""
 
     def __init__(self) -> None:
         self.current: Own[Schedule] = Own("accelerate_hooks_schedule")
-        self.explicit: contextvars.ContextVar[Run | None] = contextvars.ContextVar(
-            "accelerate_hooks_explicit", default=None
-        )
+        self.explicit: Held[Run] = Held()
         self.context_name: contextvars.ContextVar[str | None] = contextvars.ContextVar(
             "accelerate_hooks_context_name", default=None
         )
@@ -68,13 +67,11 @@ class Schedules:
     @contextmanager
     def declared(self, total: int | None) -> Generator[Run]:
         run = Run(signal="session.run()", total=total)
-        token = self.explicit.set(run)
         try:
-            yield run
+            with self.explicit.hold(run):
+                yield run
         finally:
-            self.explicit.reset(token)
-            run.ended = True
-            run.clear()
+            run.end()
 
 
 opaque_functions(globals())
