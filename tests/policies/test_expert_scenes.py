@@ -183,9 +183,10 @@ def batched(model, prompts):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["gpt_oss", "glm4_moe"])
+@pytest.mark.parametrize(
+    ("name", "prompts"), [("gpt_oss", [[11, 12, 13, 14], PROMPTS[1]]), ("glm4_moe", PROMPTS[1:])]
+)
 @each
-@pytest.mark.parametrize("prompts", [PROMPTS[1:], [[11, 12, 13, 14], PROMPTS[1]]], ids=len)
 def test_continuous_batching(name, policy, prompts):
     model = TINY[name].build()
     for module in model.modules():
