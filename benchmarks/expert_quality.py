@@ -96,7 +96,7 @@ class Lab:
     def __init__(self) -> None:
         self.data, held = moe_lm.text()
         size = moe_lm.LENGTH
-        self.windows = held[: len(held) // size * size].long().view(-1, size)
+        self.windows = moe_lm.windows(held)
         generator = torch.Generator().manual_seed(1)
         places = torch.randint(len(self.data) - size, (FIT_WINDOWS,), generator=generator)
         rows = torch.stack([self.data[p : p + size] for p in places.tolist()]).long()
