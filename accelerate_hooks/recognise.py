@@ -142,10 +142,11 @@ class Recogniser:
         return run
 
     def bind_cache(self, cache: Any, run: Run) -> None:
-        """From now on the run is the cache's, and dies with it; what the one before left out of the
-        cache is still not there."""
+        """From now on the run is the cache's, and dies with it. After another run the cache is no
+        new one: it has its steps, and lacks what that left out."""
         before = self._by_cache.get(cache)
         if before is not None:
+            run.index = max(run.index, before.index)
             run.cuts += before.cuts
             before.cuts.clear()
             unfollow(cache, before)

@@ -67,9 +67,9 @@ class Run:
         """Give back what policies keep. What they left out of a KV cache stays known: the cache
         may be used on."""
         cuts = list(self.cuts)
-        self.ended = True
-        self.restart()
-        self.cuts = cuts
+        self.clear()
+        self.trails.clear()
+        self.cuts, self.ended = cuts, True
 
     def map_rows(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Apply a reordering of the batch to every slot that was declared to have a batch axis;

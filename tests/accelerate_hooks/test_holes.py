@@ -4,6 +4,7 @@ The oracle is slow and obviously right: each row alone (and padded as in the bat
 computed in full, which writes its keys and values, and its output then thrown away for its input.
 """
 
+import contextlib
 import copy
 import gc
 import pickle
@@ -360,13 +361,18 @@ class Diary(Policy):
         return out
 
 
-def test_slots_follow_beams():
+@pytest.mark.parametrize("declared", [False, True])
+def test_slots_follow_beams(declared):
     model = TINY["llama"].build()
     inputs = prompts("llama")
     Diary.pages.clear()
     moved = []
     plain = DynamicCache.reorder_cache
-    with enable(model, Diary()), pytest.MonkeyPatch.context() as patch:
+    with (
+        enable(model, Diary()) as session,
+        session.run() if declared else contextlib.nullcontext(),
+        pytest.MonkeyPatch.context() as patch,
+    ):
         patch.setattr(
             DynamicCache,
             "reorder_cache",
@@ -392,10 +398,15 @@ def test_skipped_blocks_under_beam_search(beams):
         assert sum(r.rows_left_out for r in session.records.values()) > 3
 
 
-def test_slots_follow_select_and_repeat():
+@pytest.mark.parametrize("declared", [False, True])
+def test_slots_follow_select_and_repeat(declared):
     model, inputs = TINY["llama"].build(), prompts("llama")
     Diary.pages.clear()
-    with enable(model, Diary()), torch.no_grad():
+    with (
+        torch.no_grad(),
+        enable(model, Diary()) as session,
+        session.run() if declared else contextlib.nullcontext(),
+    ):
         cache = model(**inputs).past_key_values
         cache.batch_select_indices(torch.tensor([2, 0]))
         mask = torch.cat([inputs["attention_mask"], torch.ones(3, 1, dtype=torch.long)], 1)

@@ -1,6 +1,7 @@
 """Which run and branch a forward belongs to: the patterns of real loops, four of them limits."""
 
 import asyncio
+import contextlib
 import gc
 import threading
 import weakref
@@ -265,6 +266,214 @@ def test_interleaved_generations_of_two_prompts_keep_apart(model):
         for x, _ in zip(generation(a, 1), generation(b, 2), strict=True):
             last = x
     assert torch.equal(alone, last)
+
+
+# -- what a with statement holds open ------------------------------------------------------------
+
+CADENCE = LazyStep(criterion="cadence", every=2, predictor="hold", warmup=1, cooldown=0)
+
+
+def stream(model, seed, declare=contextlib.nullcontext):
+    """A small generation that hands on every sample, as a server does."""
+    with declare():
+        x = torch.randn(SMALL, generator=torch.Generator().manual_seed(seed))
+        labels = torch.tensor([1, 2])
+        for time in range(900, 100, -100):
+            x = x - 0.1 * step(model, time, labels=labels, x=x)[:, :4]
+            yield x
+
+
+def alone(model, *seeds):
+    wanted = []
+    for seed in seeds:
+        with ah.enable(model, CADENCE) as session:
+            wanted.append(list(stream(model, seed, session.run)))
+            assert session.skips
+    return wanted
+
+
+def same(got, wanted):
+    return all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+@pytest.mark.parametrize("last", [0, 1])
+def test_interleaved_generators_keep_their_declared_runs(model, last):
+    wanted = alone(model, 1, 2)
+    with ah.enable(model, CADENCE) as session:
+        streams = [stream(model, seed, session.run) for seed in (1, 2)]
+        got = list(zip(*streams, strict=True))
+        for which in (1 - last, last):
+            streams[which].close()
+        assert all(same(g, w) for g, w in zip(zip(*got, strict=True), wanted, strict=True))
+        assert session.tally.signals() == {"session.run()": 2}
+        list(stream(model, 1))
+        list(stream(model, 2))
+        assert session.tally.signals()["timestep"] == 2
+
+
+def test_a_suspended_generator_keeps_its_run_and_its_pause_to_itself(model):
+    (wanted,) = alone(model, 1)
+    with ah.enable(model, CADENCE) as session:
+        generation = stream(model, 1, session.run)
+        got = [next(generation)]
+        assert same(list(stream(model, 1)), wanted) and same([*got, *generation], wanted)
+    with ah.enable(model, CADENCE) as session:
+        generation = stream(model, 1, session.paused)
+        plain = [next(generation)]
+        assert same(list(stream(model, 1)), wanted)
+        plain += generation
+        assert session.inert_forwards == {"paused": len(wanted)} and not same(plain, wanted)
+
+
+@pytest.mark.parametrize("declare", ["run", "paused"])
+def test_a_generator_may_be_resumed_and_closed_anywhere(model, declare):
+    def elsewhere(work):
+        found = []
+        thread = threading.Thread(target=lambda: found.append(work()))
+        thread.start()
+        thread.join()
+        return found[0]
+
+    with ah.enable(model, CADENCE) as session:
+        wanted = list(stream(model, 1, getattr(session, declare)))
+        generation = stream(model, 1, getattr(session, declare))
+        got = [elsewhere(lambda: next(generation)) for _ in wanted[:-1]]
+        assert same(got, wanted[:-1])
+        assert elsewhere(generation.close) is None
+        assert not session.schedules.explicit.everywhere() and not session.is_paused()
+        assert not any(run.slots for run in session.tally._live)
+
+
+def test_an_asynchronous_generator_may_be_closed_by_another_task(model):
+    async def asynchronous(generation):
+        with session.run() as run:
+            for x in generation:
+                yield x, run
+
+    async def serve():
+        generation = asynchronous(stream(model, 1))
+        got = [await asyncio.create_task(anext(generation)) for _ in range(4)]
+        await asyncio.create_task(generation.aclose())
+        return got
+
+    (wanted,) = alone(model, 1)
+    with ah.enable(model, CADENCE) as session:
+        got = asyncio.run(serve())
+        assert same([x for x, _ in got], wanted[:4])
+        assert got[0][1].ended and not got[0][1].slots
+        assert session.tally.signals() == {"session.run()": 1}
+
+
+@pytest.mark.parametrize("outside", [True, False])
+def test_tasks_inside_a_declared_run_are_no_part_of_it(model, outside):
+    async def task(seed):
+        got = []
+        for x in stream(model, seed):
+            got.append(x)
+            await asyncio.sleep(0)
+        return got
+
+    async def both(declare):
+        with declare():
+            return await asyncio.gather(task(1), task(2))
+
+    wanted = alone(model, 1, 2)
+    with ah.enable(model, CADENCE) as session:
+        if outside:
+            with session.run():
+                got = asyncio.run(both(contextlib.nullcontext))
+        else:
+            got = asyncio.run(both(session.run))
+    assert all(same(g, w) for g, w in zip(got, wanted, strict=True))
+
+
+class Request:
+    """Keeps a run open between calls, where no with statement shows."""
+
+    def __init__(self, model, session, seed):
+        self.open = contextlib.ExitStack()
+        self.open.enter_context(session.run())
+        self.samples = stream(model, seed)
+
+
+def test_one_run_that_a_helper_opened_holds(model):
+    @contextlib.contextmanager
+    def wrapped():
+        with session.run():
+            yield
+
+    (wanted,) = alone(model, 1)
+    with ah.enable(model, CADENCE) as session:
+        assert same(list(stream(model, 1, wrapped)), wanted)
+        with wrapped():
+            assert same(list(stream(model, 1)), wanted)
+        request = Request(model, session, 1)
+        assert same(list(request.samples), wanted)
+        request.open.close()
+        assert session.tally.signals() == {"session.run()": 3}
+
+
+def test_runs_that_cannot_be_told_apart_are_computed_in_full(model):
+    plain = [list(stream(model, seed)) for seed in (1, 2)]
+    with ah.enable(model, CADENCE) as session:
+        requests = [Request(model, session, seed) for seed in (1, 2)]
+        got = list(zip(*(request.samples for request in requests), strict=True))
+        assert all(same(g, w) for g, w in zip(zip(*got, strict=True), plain, strict=True))
+        assert "several session.run() are open" in str(session.report()) and not session.skips
+        for request in requests:
+            request.open.close()
+        assert not same(list(stream(model, 1, session.run)), plain[0])
+
+
+def test_declared_runs_nest(model):
+    wanted = alone(model, 1, 2)
+    with ah.enable(model, CADENCE) as session, session.run() as outer:
+        generation = stream(model, 1)
+        got = [next(generation) for _ in range(3)]
+        with session.run() as inner:
+            assert same(list(stream(model, 2)), wanted[1])
+        assert inner.ended and not outer.ended
+        assert same([*got, *generation], wanted[0])
+
+
+def test_a_declared_run_is_reset(model):
+    (wanted,) = alone(model, 1)
+    with ah.enable(model, CADENCE) as session, session.run() as run:
+        next(stream(model, 2))
+        session.reset()
+        assert not run.slots and same(list(stream(model, 1)), wanted)
+        assert session.tally.signals() == {"session.run()": 1}
+
+
+def test_one_session_is_paused():
+    models = [TINY["dit"].build() for _ in range(2)]
+    one, two = (ah.enable(model, Watch()) for model in models)
+    with one.paused():
+        for model in models:
+            step(model, 900)
+    assert (one.forwards, two.forwards) == (0, 1)
+
+
+def test_what_a_finished_task_set_is_nobodys(watched):
+    labels = torch.tensor([1, 2])
+
+    async def main():
+        done = asyncio.Event()
+
+        def later():
+            step(watched, 500, labels=labels)
+            done.set()
+
+        async def request():
+            step(watched, 900, labels=labels)
+            asyncio.get_running_loop().call_later(0.1, later)
+
+        await asyncio.create_task(request())
+        gc.collect()
+        await done.wait()
+
+    asyncio.run(main())
+    assert runs() == 2
 
 
 # -- state ends with its run ---------------------------------------------------------------------

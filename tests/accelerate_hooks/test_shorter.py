@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny_models import TINY
 from torch import nn
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
 
 from accelerate_hooks import Effect, Policy, UnsupportedModelError, enable
 
@@ -175,6 +175,28 @@ def test_a_second_turn_sees_what_the_first_one_kept(cuts):
         out = generate(model, ids, mask, past_key_values=cache)
     left = left_of(cuts, 2) + left_of(cuts, 2, offset=LENGTH + NEW)
     agree(out, whole(model, ids, mask, left, NEW))
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_two_caches_in_a_declared_run_have_their_own_gaps(given):
+    """Their forwards take turns; one cache is used on when the run has ended."""
+    model, ids, mask = prompts("llama")
+    batches = [(ids, mask), (ids.flip(1) * mask, mask)]
+    longer = torch.cat([mask, mask.new_ones(2, 1)], 1)
+    want = [whole(model, *batch, left_of(ONE, 2), 2)[1][:, 1] for batch in batches]
+    firsts = [whole(model, *batch, left_of(ONE, 2), 1)[0] for batch in batches]
+    with torch.no_grad(), enable(model, Shorten()) as session:
+        with session.run():
+            caches = []
+            for i, m in batches:
+                more = {"past_key_values": DynamicCache(config=model.config)} if given else {}
+                positions = (m.cumsum(-1) - 1).clamp(min=0)
+                out = model(input_ids=i, attention_mask=m, position_ids=positions, **more)
+                caches.append(out.past_key_values)
+            got = [model(past_key_values=caches[1], **latest(firsts[1], longer)).logits[:, -1]]
+        got.append(model(past_key_values=caches[0], **latest(firsts[0], longer)).logits[:, -1])
+    for a, b in zip(got, want[::-1], strict=True):
+        assert (a - b).abs().max() < 1e-4 * b.abs().max()
 
 
 def test_the_cache_may_be_cropped_behind_the_cut_only():
