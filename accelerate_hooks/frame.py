@@ -241,7 +241,7 @@ class Frame:
             self.pending.append((site, took, flags(call), x.shape, out.shape))
             return out
         record = self.session.record(site)
-        record.count(took, rough=flops is not None, partial=self.partial or spared > 0)
+        record.count(took, rough=flops is not None, partial=self.partial is not None or spared > 0)
         if flops is not None and is_tensor and self.uncounted == uncounted:
             saved = self.saved_flops - saved + round(spared)
             record.flops[tuple(x.shape)] = flops.total - before + saved

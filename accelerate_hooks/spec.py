@@ -47,7 +47,7 @@ def parse(spec: str, registry: Mapping[str, type[Policy]] | None = None) -> list
     Raises SpecError naming the offending piece, its position and what may have been meant;
     ArtifactError for an artifact and RecipeError for a recipe that cannot be used.
     """
-    if not isinstance(spec, str):
+    if not isinstance(spec, str):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise SpecError(f"a spec is a string, not {type(spec).__name__}")
     if is_recipe(spec):
         return load_recipe(spec.strip(), registry)

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from accelerate_hooks._files import write_atomically
 from accelerate_hooks.enable import enable
 from accelerate_hooks.errors import SpecError
 from accelerate_hooks.kernels import esap
@@ -165,7 +164,9 @@ def _resumed(path: Path | None, most: Sequence[int], total: int, seed: int) -> d
 
 def _save(path: Path, most: Sequence[int], total: int, seed: int, tried: dict[Plan, float]) -> None:
     state = {"of": [list(most), total, seed], "tried": [[list(p), v] for p, v in tried.items()]}
-    write_atomically(path, json.dumps(state).encode())
+    half = path.with_name(path.name + ".part")
+    half.write_text(json.dumps(state))
+    half.replace(path)
 
 
 opaque_functions(globals())

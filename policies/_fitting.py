@@ -64,7 +64,7 @@ def fit_rule(policy: Any, model: nn.Module, data: Any, target: float | None, pro
 def _on_noise(policy: Any, model: nn.Module, rule: str) -> dict[str, Seen]:
     """LExI: every mixture by itself on normal tokens, ``X ~ N(0, 1)``."""
     seen = {}
-    for layer in _layers(model):
+    for layer in _layers(policy, model):
         generator = torch.Generator().manual_seed(0)
         weight = next(layer.router.module.parameters())
         x = torch.randn(_NOISE, weight.shape[-1], generator=generator).to(weight)
@@ -105,7 +105,7 @@ def fit_pruning(
         return fitted
     if not 0.0 < target < 1.0:
         raise SpecError(f"expert_skip: target={target!r} is out of range; give a share, 0 to 1")
-    layers = _layers(model)
+    layers = _layers(policy, model)
     most = [layer.count - (layer.top_k or 1) for layer in layers]
     total = int(target * sum(layer.count for layer in layers) + 1e-9)
     masked = replace(fitted, merge=False, free_memory=False, irreversible=False)
@@ -119,10 +119,8 @@ def fit_pruning(
     return replace(fitted, prune=plan, artifact=artifact)
 
 
-def _layers(model: nn.Module) -> list[Layer]:
-    from accelerate_hooks.policies.expert_skip import ExpertSkip
-
-    with enable(model, ExpertSkip(prune=0.0)) as session:
+def _layers(policy: Any, model: nn.Module) -> list[Layer]:
+    with enable(model, type(policy)(prune=0.0)) as session:
         return mixtures(session.sites)
 
 
