@@ -13,7 +13,7 @@ from accelerate_hooks import env
 from accelerate_hooks.conflicts import check as check_conflicts
 from accelerate_hooks.errors import AlreadyEnabledError, SpecError, UnsupportedModelError
 from accelerate_hooks.frame import Root
-from accelerate_hooks.listen import cache_context, follow_scheduler, loop
+from accelerate_hooks.listen import cache_context, follow_scheduler, loop, progress_bar
 from accelerate_hooks.opaque import opaque_members
 from accelerate_hooks.patch import Pipeline
 from accelerate_hooks.policy import Policy
@@ -75,7 +75,7 @@ def enable(
     _refuse_ranks(roots, addressed)
     session = Session(roots, addressed, plan, notes, audit)
     session.strict = strict
-    session.scheduler_now = models.scheduler_now
+    session.pipeline = models.now
     for item in addressed:
         notes.extend(item.policy.check(session))
     try:
@@ -139,7 +139,7 @@ def _models(target: Any) -> Pipeline:
             "model itself"
         )
     models = {name: _uncompiled(model) for name, model in pipeline.models.items()}
-    return Pipeline(models, pipeline.scheduler, pipeline.scheduler_now)
+    return Pipeline(models, pipeline.scheduler, pipeline.now)
 
 
 def _uncompiled(model: nn.Module) -> nn.Module:
@@ -254,6 +254,8 @@ def _install(
                 ledger.override(Override(root.model, site.path, loop(session, site)))
     if models.scheduler is not None:
         follow_scheduler(session, models.scheduler)
+        if hasattr(models.now(), "progress_bar"):
+            ledger.overhear(models.now(), {"progress_bar": progress_bar(session)})
 
 
 def _inert_session(models: Pipeline, addressed: list[Addressed]) -> Session:

@@ -1,16 +1,19 @@
-"""Handlers of the methods that tell where a generation stands: of a scheduler, of a model."""
+"""Handlers of the methods that tell where a generation stands: of a scheduler, a pipeline, a
+model."""
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from accelerate_hooks.opaque import opaque_functions
+from accelerate_hooks.recognise import Clock
+from accelerate_hooks.replaced import tell_replaced_models
 from accelerate_hooks.run import Run
 from accelerate_hooks.schedule import Schedule
-from accelerate_hooks.seam import Override
 from accelerate_hooks.site import Site
 
 if TYPE_CHECKING:
@@ -28,34 +31,24 @@ def loop(session: Session, site: Site) -> Any:
     return handler
 
 
-def set_timesteps(session: Session) -> Any:
-    """The handler of ``scheduler.set_timesteps``: a run starts in this context."""
-
-    def handler(override: Any, args: Any, kwargs: Any) -> Any:
-        result = override.original(*args, **kwargs)
-        begin(session, override.owner)
-        return result
-
-    return handler
-
-
 def begin(session: Session, scheduler: Any) -> None:
     """A run of ``scheduler``, whose timesteps are set, starts in this context."""
     before = session.schedules.current.get()
     if before is not None:
         before.run.ended = True
         before.run.clear()
-    total, patch = len(scheduler.timesteps), session.roots[0].patch
+    patch = session.roots[0].patch
     session.schedules.current.set(
         Schedule(
-            Run(signal="scheduler", total=total),
-            total,
+            Run(signal="scheduler"),
+            scheduler.timesteps,
             weakref.ref(scheduler),
             patch.noise(scheduler),
             patch.prediction(scheduler),
             patch.strides(scheduler),
         )
     )
+    tell_replaced_models(session)
 
 
 def follow_scheduler(session: Session, scheduler: Any) -> bool:
@@ -64,24 +57,45 @@ def follow_scheduler(session: Session, scheduler: Any) -> bool:
     session.scheduler = scheduler
     if not (hasattr(scheduler, "set_timesteps") and hasattr(scheduler, "step")):
         return False
-    if not isinstance(vars(scheduler).get("step"), Override):
-        ledger = session.ledger
-        ledger.override(Override(scheduler, "set_timesteps", set_timesteps(session)))
-        ledger.override(Override(scheduler, "step", scheduler_step(session)))
+    if scheduler not in session.followed:
+        session.followed.add(scheduler)
+        told = {"set_timesteps": set_timesteps(session), "step": scheduler_step(session)}
+        session.ledger.overhear(scheduler, told)
     return getattr(scheduler, "timesteps", None) is not None
 
 
-def scheduler_step(session: Session) -> Any:
-    """The handler of ``scheduler.step``: the run moves on."""
+def set_timesteps(session: Session) -> Any:
+    """Told of ``scheduler.set_timesteps``: a run starts in this context."""
 
-    def handler(override: Any, args: Any, kwargs: Any) -> Any:
-        result = override.original(*args, **kwargs)
+    def told(scheduler: Any, args: Any, kwargs: Any) -> None:
+        begin(session, scheduler)
+
+    return told
+
+
+def scheduler_step(session: Session) -> Any:
+    """Told of ``scheduler.step``: the run moves on."""
+
+    def told(scheduler: Any, args: Any, kwargs: Any) -> None:
         schedule = session.schedules.current.get()
         if schedule is not None:
-            schedule.step()
-        return result
+            given = inspect.signature(scheduler.step).bind(*args, **kwargs).arguments
+            schedule.step(Clock.read(given.get("timestep")))
 
-    return handler
+    return told
+
+
+def progress_bar(session: Session) -> Any:
+    """Told of ``pipeline.progress_bar``, with which its loop begins: a call of this pipeline, so
+    that its ``num_timesteps`` are the steps of this run, also where it stops early."""
+
+    def told(pipeline: Any, args: Any, kwargs: Any) -> None:
+        schedule = session.schedules.current.get()
+        count = getattr(pipeline, "num_timesteps", None)
+        if schedule is not None and schedule.scheduler() is pipeline.scheduler:
+            schedule.count = count if type(count) is int and count > 0 else None
+
+    return told
 
 
 def cache_context(session: Session) -> Any:

@@ -61,17 +61,18 @@ class Patch:
 
 
 class Pipeline:
-    """What a multi-model target offers: its denoisers and its scheduler, which may be replaced."""
+    """What a multi-model target offers: its denoisers and its scheduler. ``now`` gives the target
+    itself (None where it is gone), since both may be replaced."""
 
     def __init__(
         self,
         models: dict[str, nn.Module],
         scheduler: Any,
-        scheduler_now: Callable[[], Any] | None = None,
+        now: Callable[[], Any] = lambda: None,
     ) -> None:
         self.models = models
         self.scheduler = scheduler
-        self.scheduler_now = scheduler_now or (lambda: scheduler)
+        self.now = now
 
 
 def named_blocks(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:

@@ -60,9 +60,9 @@ def step_of(root: Root, schedules: Schedules, arguments: dict[str, Any]) -> Step
         signal,
         timestep,
         moment,
-        noise=known.level() if known else None,
+        noise=known.level(clock) if known else None,
         prediction=known.prediction if known else None,
-        stride=known.stride() if known else None,
+        stride=known.stride(clock) if known else None,
     )
 
 

@@ -67,7 +67,6 @@ class Clock:
 
     storage: Any  # the timestep tensor, kept so that its memory is not given to another schedule
     offset: int | None
-    total: int | None
     value: float | None
 
     @classmethod
@@ -75,7 +74,7 @@ class Clock:
         if timestep is None:
             return None
         if not isinstance(timestep, torch.Tensor):
-            return cls(None, None, None, float(timestep))
+            return cls(None, None, float(timestep))
         view = timestep.untyped_storage()
         items = view.nbytes() // max(timestep.element_size(), 1)
         value = device_value
@@ -83,8 +82,8 @@ class Clock:
             value = float(timestep.detach().reshape(-1)[0])
         single = timestep.numel() == 1 or all(s == 0 for s in timestep.stride())
         if single and items > 1:
-            return cls(timestep, int(timestep.storage_offset()), items, value)
-        return cls(timestep, None, None, value)
+            return cls(timestep, int(timestep.storage_offset()), value)
+        return cls(timestep, None, value)
 
     def same_schedule(self, other: Clock) -> bool:
         return (
@@ -93,6 +92,20 @@ class Clock:
             and self.storage.untyped_storage().data_ptr()
             == other.storage.untyped_storage().data_ptr()
         )
+
+    def place_in(self, timesteps: Any, by_value: bool = False) -> int | None:
+        """Which of a scheduler's timesteps this is a view of (or has the value of, where only one
+        has and the host knows it); None for none."""
+        if not isinstance(timesteps, torch.Tensor) or timesteps.ndim != 1:
+            return None
+        whole = Clock(timesteps, int(timesteps.storage_offset()), None)
+        if self.same_schedule(whole) and self.storage.dtype == timesteps.dtype:
+            place, off = divmod(self.offset - whole.offset, timesteps.stride(0) or 1)  # type: ignore
+            return place if not off and 0 <= place < len(timesteps) else None
+        if not by_value or self.value is None or timesteps.device.type != "cpu":
+            return None
+        found = [i for i, time in enumerate(timesteps.tolist()) if time == self.value]
+        return found[0] if len(found) == 1 else None
 
     def direction_to(self, later: Clock) -> int | None:
         """+1 or -1 when time moved on (offsets count as +1), 0 when not, None when unknown."""
@@ -181,21 +194,25 @@ class Recogniser:
             moved = self._moved(trail, clock)
         elif scheduler is not None and not scheduler.run.ended:
             if trail is not None and trail.run is scheduler.run:
-                if self._turned(trail, clock):  # an aborted pipeline's schedule; this is no part
+                back = scheduler.at(clock) < trail.scheduler_index
+                if back or self._turned(trail, clock):  # an aborted pipeline's; this is no part
                     scheduler.run.ended = True
                     return self._bare(None, shape, clock, given, context_name)
                 if trail.run.broken:
                     scheduler.restart()
             if trail is None or trail.run is not scheduler.run:
                 trail = self._start(scheduler.run, shape, clock)
-            moved = trail.scheduler_index != scheduler.index
-            trail.scheduler_index = scheduler.index
+            now = scheduler.at(clock)
+            moved = trail.scheduler_index != now
+            trail.scheduler_index = now
         else:
             return self._bare(trail, shape, clock, given, context_name)
         if moved or trail.run.index < 0:
+            if explicit is None:
+                trail.restless += self._changes(trail, given, context_name)
             self._advance(trail, clock)
             if explicit is None and scheduler is not None:
-                trail.run.index, trail.run.total = scheduler.index, scheduler.left()
+                trail.run.index, trail.run.total = trail.scheduler_index, scheduler.left()
         branch, _ = self._branch(trail, given, context_name)
         signal = "scheduler" if explicit is None else "session.run()"
         return trail.run, trail.run.index, f"{branch}{_shape_tag(trail, shape)}", signal
@@ -282,11 +299,15 @@ class Recogniser:
         trail.calls = 0
         trail.seen_now = {}
         trail.clock = clock
-        if clock is not None and clock.total is not None and run.total is None:
-            run.total = clock.total
 
     def _find(self, trail: Trail, given: list[torch.Tensor]) -> Condition | None:
         return next((c for c in trail.conditions.values() if c.alive(given)), None)
+
+    def _changes(self, trail: Trail, given: list[torch.Tensor], name: str | None) -> bool:
+        """Whether a step comes with conditioning tensors of its own, as all before it did."""
+        settled = any(c.steps > 1 for c in trail.conditions.values())
+        known = name is not None or not given or self._find(trail, given) is not None
+        return bool(trail.conditions) and not known and not settled
 
     def _repeats(self, trail: Trail, given: list[torch.Tensor], name: str | None) -> bool:
         """At an unchanged timestep: has this branch been seen already? Then it is a new run (or a

@@ -7,48 +7,80 @@ import weakref
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate_hooks.held import Held
 from accelerate_hooks.opaque import opaque_functions
 from accelerate_hooks.own import Own
 from accelerate_hooks.run import Run
 
+if TYPE_CHECKING:
+    from accelerate_hooks.recognise import Clock
+
 
 @dataclass(eq=False)
 class Schedule:
     """What a hooked scheduler told in this context: a run from ``set_timesteps`` to the last
-    ``step``. ``begin`` is where an image-to-image pipeline enters the schedule."""
+    ``step``. ``entry`` is where a loop entered ``timesteps`` that did not tell the scheduler so,
+    ``count`` how many steps the pipeline says that it makes."""
 
     run: Run
-    total: int
+    timesteps: Any
     scheduler: weakref.ref[Any]
     noise: list[tuple[float, float]] = field(default_factory=list)
     prediction: str | None = None
     strides: list[float] = field(default_factory=list)
     index: int = 0
+    entry: int | None = None
+    count: int | None = None
 
     @property
     def begin(self) -> int:
-        return getattr(self.scheduler(), "begin_index", None) or 0
+        """Where the loop enters the schedule: as the scheduler was told, else as its first timestep
+        shows, else at the start."""
+        told = getattr(self.scheduler(), "begin_index", None)
+        return (self.entry or 0) if told is None else told
 
     def left(self) -> int:
         """Steps of this run."""
-        return self.total - self.begin
+        rest = len(self.timesteps) - self.begin
+        return rest if self.count is None else min(self.count, rest)
 
     def restart(self) -> None:
+        self.run.ended = True
+        self.run.clear()
         self.run = Run(signal="scheduler", total=self.left())
 
-    def level(self) -> tuple[float, float] | None:
-        place = self.begin + self.index
+    def at(self, clock: Clock | None) -> int:
+        """The step of a forward that is given this timestep. One that the loop stays at, for the
+        next window of a panorama, is the same step, though the scheduler has moved on."""
+        place = None if clock is None else clock.place_in(self.timesteps)
+        if place is None:
+            return self.index
+        if self.entry is None:
+            self.entry = max(0, place - self.index)
+        return place - self.begin if place >= self.begin else self.index
+
+    def level(self, clock: Clock | None) -> tuple[float, float] | None:
+        place = self.at(clock) + self.begin
         return self.noise[place] if place < len(self.noise) else None
 
-    def stride(self) -> float | None:
-        place = self.begin + self.index
+    def stride(self, clock: Clock | None) -> float | None:
+        place = self.at(clock) + self.begin
         return self.strides[place] if place < len(self.strides) else None
 
-    def step(self) -> None:
-        self.index += 1
+    def step(self, clock: Clock | None) -> None:
+        """The scheduler made a step from this timestep."""
+        place = None if clock is None else clock.place_in(self.timesteps, by_value=True)
+        if place is not None and self.entry is None:  # the model's timestep did not show where
+            before = self.begin
+            self.entry = max(0, place - self.index)
+            if self.begin != before:
+                self.restart()
+        if place is None:
+            self.index += 1
+        else:
+            self.index = max(self.index, place + 1 - self.begin)
         if self.index >= self.left():
             self.run.ended = True
             self.run.clear()

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from accelerate_hooks.opaque import opaque, opaque_functions
+from accelerate_hooks.overhear import Told, overhear
 from accelerate_hooks.site import Site
 
 
@@ -108,6 +109,15 @@ def _replicate(override: Override, args: Any, kwargs: Any) -> Any:
     return replica
 
 
+def _after(told: Told) -> Any:
+    def handler(override: Override, args: Any, kwargs: Any) -> Any:
+        result = override.original(*args, **kwargs)
+        told(override.owner, args, kwargs)
+        return result
+
+    return handler
+
+
 class Ledger:
     """Every change that a session makes to objects of others, undone last first."""
 
@@ -123,6 +133,13 @@ class Ledger:
     def seam(self, seam: Seam) -> None:
         self.override(seam)
         self.override(_Replicate(seam.owner))
+
+    def overhear(self, owner: Any, told: dict[str, Told]) -> None:
+        """Call ``told[name]`` after ``owner.<name>``, also where that is the object's own."""
+        own = [name for name in told if name in vars(owner)]
+        for name in own:
+            self.override(Override(owner, name, _after(told[name])))
+        self.note(overhear(owner, {name: told[name] for name in told if name not in own}))
 
     def note(self, undo: Callable[[], str | None]) -> None:
         """Record an undo function; it returns None, or the name of what it could not undo."""

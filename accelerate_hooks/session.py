@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from accelerate_hooks.patch import Patch
 from accelerate_hooks.place import cache_of, length_of, step_of
 from accelerate_hooks.policy import Policy
 from accelerate_hooks.record import Record
+from accelerate_hooks.replaced import tell_replaced
 from accelerate_hooks.run import Run, Step
 from accelerate_hooks.schedule import Schedules
 from accelerate_hooks.seam import Ledger, Seam
@@ -77,7 +79,8 @@ class Session:
         self._reach: dict[Site, Any] = {}
         self._trains = bool(policies) and all(policy.trains for policy in policies)
         self.scheduler: Any = None
-        self.scheduler_now: Callable[[], Any] = lambda: self.scheduler
+        self.followed: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.pipeline: Callable[[], Any] = lambda: None
         self.private_key: str | None = None
 
     # -- the user's side ---------------------------------------------------------------------
@@ -122,6 +125,7 @@ class Session:
                 InertWarning,
                 stacklevel=2,
             )
+        tell_replaced(self)
         return left
 
     def reset(self) -> None:
@@ -148,6 +152,8 @@ class Session:
     def report(self, run: int | None = None) -> Any:
         from accelerate_hooks.report import Report
 
+        if self._active:
+            tell_replaced(self)
         return Report.of(self, run)
 
     def save_recipe(self, path: str) -> None:
@@ -258,10 +264,8 @@ class Session:
             return seam.original(*args, **kwargs)
         root = self.root(site.module)
         arguments = dict(zip(site.port.parameters, args, strict=False)) | kwargs
-        scheduler = self.scheduler_now()
-        if (
-            scheduler is not self.scheduler and scheduler is not None
-        ):  # the pipeline was given another
+        scheduler = getattr(self.pipeline(), "scheduler", None)
+        if scheduler is not self.scheduler and scheduler is not None:  # it was given another
             follow_scheduler(self, scheduler)
             begin(self, scheduler)
         step = step_of(root, self.schedules, arguments)

@@ -82,7 +82,4 @@ def pipeline_of(target: Any) -> Pipeline | None:
         return None
     scheduler = target.scheduler
     usable = hasattr(scheduler, "set_timesteps") and hasattr(scheduler, "step")
-    known = weakref.ref(target)
-    return Pipeline(
-        models, scheduler if usable else None, lambda: getattr(known(), "scheduler", None)
-    )
+    return Pipeline(models, scheduler if usable else None, weakref.ref(target))

@@ -58,7 +58,7 @@ class LazyStep(Policy):
     tolerance, threshold, every, max_age: by ``preset`` where not given; ``max_age`` bounds the
         steps that in a row go without computing.
     warmup, cooldown: the first and last steps, always computed (the last ones where it is known how
-        many there are: a pipeline, a view of a schedule's timesteps, ``session.run(total)``).
+        many there are: a pipeline, ``session.run(total)``).
     corrector: at the next computed step, take back what the skipped ones were off by, as far as
         that step shows (scope ``"model"``, first-order solvers such as Euler and DDIM).
     metric: how ``"change"`` is measured, relative ``"l1"`` distance or ``"cosine"`` distance.

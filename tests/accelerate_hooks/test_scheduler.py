@@ -139,7 +139,7 @@ def test_image_to_image_enters_the_schedule_late(pipe):
         schedule = session.schedules.current.get()
         assert schedule.left() == 4
         sigmas = pipe.scheduler.sigmas
-        assert schedule.level() == pytest.approx((1 - float(sigmas[6]), float(sigmas[6])))
+        assert schedule.level(None) == pytest.approx((1 - float(sigmas[6]), float(sigmas[6])))
 
 
 @pytest.mark.parametrize("scope", ["model", "stack", "site"])

@@ -1,0 +1,307 @@
+"""Where a generation stands, with pipelines that enter a schedule late, leave it early, copy or
+share their scheduler, or are given other models."""
+
+import copy
+import pickle
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPanoramaPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from tiny_models import TINY
+from torch import nn
+
+import accelerate_hooks as ah
+from accelerate_hooks.policies import LazyStep
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The configuration file of the unet:FutureWarning",
+    "ignore:__array__ implementation:DeprecationWarning",
+)
+WIDTH = 24
+PLAIN = {"steps_offset": 1, "clip_sample": False}
+CADENCE = LazyStep(criterion="cadence", every=3, warmup=2, cooldown=2, predictor="hold")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look(ah.Policy):
+    """Sees every forward and does nothing."""
+
+    name: ClassVar[str] = "look"
+    kinds = ("model",)
+
+    def acts(self, site):
+        return frozenset({ah.Effect.OBSERVE})
+
+    def around(self, call):
+        SEEN.append(call.step)
+        return call.proceed()
+
+
+SEEN = []
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    SEEN.clear()
+
+
+def unet(**kwargs):
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        block_out_channels=(8, 16), layers_per_block=1, sample_size=8, norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=WIDTH, attention_head_dim=4, **kwargs,
+    ).eval()  # fmt: skip
+
+
+def pipeline(kind, scheduler, **unet_settings):
+    vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=1, latent_channels=4).eval()
+    parts = {"vae": vae, "unet": unet(**unet_settings), "scheduler": scheduler}
+    parts |= dict.fromkeys(("text_encoder", "tokenizer", "feature_extractor"))
+    if kind is StableDiffusionXLPipeline:
+        parts |= dict.fromkeys(("text_encoder_2", "tokenizer_2"))
+    else:
+        parts |= {"safety_checker": None, "requires_safety_checker": False}
+    pipe = kind(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def generate(pipe, steps=20, **kwargs):
+    draw = torch.Generator().manual_seed(0)
+    prompts = {
+        name: torch.randn(1, 5, WIDTH, generator=draw)
+        for name in ("prompt_embeds", "negative_prompt_embeds")
+    }
+    given = prompts | {"num_inference_steps": steps, "generator": draw, "output_type": "latent"}
+    return pipe(**given | kwargs).images
+
+
+def image_to_image(pipe, steps=20, strength=0.4):
+    image = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    return generate(pipe, steps, image=image, strength=strength)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        DDIMScheduler(**PLAIN),
+        DDPMScheduler(**PLAIN),
+        PNDMScheduler(skip_prk_steps=True, steps_offset=1),
+        EulerDiscreteScheduler(steps_offset=1),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_image_to_image_is_told_its_own_steps(scheduler):
+    pipe = pipeline(StableDiffusionImg2ImgPipeline, scheduler)
+    with ah.enable(pipe, Look()) as session:
+        image_to_image(pipe)
+        first, *_ = SEEN
+        steps = len(SEEN)
+        assert [(s.index, s.total) for s in SEEN] == [(i, steps) for i in range(steps)]
+        product = float(pipe.scheduler.alphas_cumprod[round(first.time)])
+        assert first.noise == pytest.approx((product**0.5, (1 - product) ** 0.5), abs=2e-3)
+        assert session.schedules.current.get().run.ended
+
+
+def test_the_last_steps_of_image_to_image_are_computed():
+    pipe = pipeline(StableDiffusionImg2ImgPipeline, DDIMScheduler(**PLAIN))
+    with ah.enable(pipe, CADENCE) as session:
+        image_to_image(pipe, steps=30, strength=0.6)
+        done = [visit["action"] for visit in session.report().steps]
+        assert len(done) == 18 and "skipped" in done[:16]
+        assert done[16:] == ["computed", "computed"]
+        assert session.report().to_dict()["caches"]["bytes_now"] == 0
+
+
+def sdxl(pipe, end):
+    pooled = torch.zeros(1, 8)
+    return generate(
+        pipe, 10, pooled_prompt_embeds=pooled, negative_pooled_prompt_embeds=pooled,
+        denoising_end=end, height=8, width=8,
+    )  # fmt: skip
+
+
+def test_a_generation_that_leaves_the_schedule_early():
+    pipe = pipeline(
+        StableDiffusionXLPipeline,
+        DDIMScheduler(**PLAIN),
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=6 * 4 + 8,
+    )
+    with ah.enable(pipe, Look()) as session:
+        for end, steps in ((0.6, 6), (0.6, 6), (None, 10)):
+            SEEN.clear()
+            sdxl(pipe, end)
+            assert [(s.index, s.total) for s in SEEN] == [(i, steps) for i in range(steps)]
+            assert session.schedules.current.get().run.ended
+        sdxl(pipe, 0.6)
+        SEEN.clear()
+        by_hand(pipe, 10)  # the pipeline's count is of its own last call
+        assert {s.total for s in SEEN} == {10}
+
+
+def by_hand(pipe, steps, start=0, given=lambda t: t, stepped=lambda t: t):
+    """A loop of the user's own around a pipeline's parts."""
+    added = {"text_embeds": torch.zeros(1, 8), "time_ids": torch.zeros(1, 6)}
+    x, prompt = torch.zeros(1, 4, 8, 8), torch.zeros(1, 5, WIDTH)
+    pipe.scheduler.set_timesteps(steps)
+    with torch.no_grad():
+        for t in pipe.scheduler.timesteps[start:]:
+            out = pipe.unet(x, given(t), prompt, added_cond_kwargs=added).sample
+            x = pipe.scheduler.step(out, stepped(t), x).prev_sample
+
+
+@pytest.mark.parametrize("given", [lambda t: t, lambda t: t.clone(), float])
+@pytest.mark.parametrize(
+    ("scheduler", "stepped"),
+    [
+        (DDIMScheduler(**PLAIN), lambda t: t),
+        (DDIMScheduler(**PLAIN), int),
+        (EulerDiscreteScheduler(steps_offset=1), lambda t: t),
+    ],
+)
+def test_a_late_start_that_nobody_told(scheduler, given, stepped):
+    """What the model is given shows it, at the latest what the scheduler is."""
+    pipe = pipeline(StableDiffusionPipeline, scheduler)
+    with ah.enable(pipe, Look()):
+        by_hand(pipe, 20, 12, given, stepped)
+    assert len(SEEN) == 8
+    for step in SEEN[1:]:
+        product = float(pipe.scheduler.alphas_cumprod[round(step.time)])
+        assert step.total == 8
+        assert step.noise == pytest.approx((product**0.5, (1 - product) ** 0.5), abs=2e-3)
+    assert [s.index for s in SEEN] == list(range(8))
+
+
+@pytest.mark.parametrize("times", ["tail", "without the last", "whole"])
+def test_a_bare_view_does_not_tell_how_many_steps_there_are(times):
+    """A view shows where it stands in its storage, not which part of it the loop goes through."""
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(20)
+    whole = scheduler.timesteps
+    views = {"tail": whole[10:], "without the last": torch.linspace(1, 0, 21)[:-1], "whole": whole}
+    model, given = TINY["flux"].build(), TINY["flux"].inputs(1)
+    with torch.no_grad(), ah.enable(model, Look()) as session:
+        for t in views[times]:
+            model(**given | {"timestep": t[None]})
+        assert [s.index for s in SEEN] == list(range(len(views[times])))
+        assert {s.total for s in SEEN} == {None} and session.tally.runs == 1
+
+
+# -- copies of a scheduler ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("by", [copy.copy, copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
+def test_a_copied_scheduler_is_its_own(by):
+    pipe = pipeline(StableDiffusionPipeline, DDIMScheduler(**PLAIN))
+    original, kind = pipe.scheduler, type(pipe.scheduler)
+    before = dict(vars(original))
+    with ah.enable(pipe, Look()) as session:
+        assert isinstance(original, kind) and type(original).__name__ == kind.__name__
+        assert vars(original) == before
+        original.set_timesteps(8)
+        run = session.schedules.current.get().run
+        other = by(original)
+        other.set_timesteps(5)
+        assert (len(original.timesteps), len(other.timesteps)) == (8, 5)
+        assert type(other) is kind and vars(other).keys() == vars(original).keys()
+        assert session.schedules.current.get().run is run
+        assert type(type(original).from_config(original.config)) is kind
+    assert type(original) is kind
+
+
+def test_an_own_method_of_a_scheduler_is_heard_and_left():
+    pipe = pipeline(StableDiffusionPipeline, DDIMScheduler(**PLAIN))
+    pipe.scheduler.step = mine = pipe.scheduler.step
+    with ah.enable(pipe, Look()):
+        generate(pipe, 6)
+    assert [(s.index, s.total) for s in SEEN] == [(i, 6) for i in range(6)]
+    assert pipe.scheduler.step is mine and type(pipe.scheduler) is DDIMScheduler
+
+
+def test_a_panorama(monkeypatch):
+    """It puts copies of its scheduler's ``__dict__`` back into it, once for each window; windows
+    that do not overlap are generations of their own."""
+    pipe = pipeline(StableDiffusionPanoramaPipeline, DDIMScheduler(**PLAIN))
+    latents = torch.randn(1, 4, 8, 16, generator=torch.Generator().manual_seed(2))
+    windows = [(0, 8, 0, 8), (0, 8, 8, 16)]
+
+    def panorama(count, latents):
+        monkeypatch.setattr(pipe, "get_views", lambda *_, **__: windows[:count])
+        return generate(pipe, 12, latents=latents, height=8, width=latents.shape[-1])
+
+    plain, before = panorama(2, latents), vars(pipe.scheduler).keys()
+    with ah.enable(pipe, LazyStep.exact()):
+        assert torch.equal(panorama(2, latents), plain)
+    with ah.enable(pipe, CADENCE) as session:
+        got = panorama(2, latents)
+        assert session.report().to_dict()["totals"]["skipped"] > 0
+        for part in (slice(0, 8), slice(8, 16)):
+            assert torch.equal(panorama(1, latents[..., part].clone()), got[..., part])
+    assert not torch.equal(got, plain)
+    assert vars(pipe.scheduler).keys() == before and type(pipe.scheduler) is DDIMScheduler
+    assert torch.equal(panorama(2, latents), plain)
+
+
+# -- several pipelines, other models --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_pipelines_that_share_a_scheduler(order):
+    scheduler = DDIMScheduler(**PLAIN)
+    pipes = [pipeline(StableDiffusionPipeline, scheduler) for _ in range(2)]
+    before = dict(vars(scheduler))
+    sessions = [ah.enable(pipe, CADENCE) for pipe in pipes]
+    images = [generate(pipe, 9) for pipe in pipes]
+    for session in sessions:
+        assert session.tally.signals() == {"scheduler": 1}
+        assert session.tally.recent[-1].total == 9
+    sessions[order[0]].disable()
+    generate(pipes[order[1]], 9)
+    assert sessions[order[1]].tally.signals() == {"scheduler": 2}
+    sessions[order[1]].disable()
+    assert type(scheduler) is DDIMScheduler and vars(scheduler).keys() == before.keys()
+    assert all(type(pipe) is StableDiffusionPipeline for pipe in pipes)
+    with ah.enable(pipes[1], CADENCE):
+        assert torch.equal(generate(pipes[1], 9), images[1])
+
+
+def test_a_replaced_model_is_named():
+    pipe = pipeline(StableDiffusionPipeline, DDIMScheduler(**PLAIN))
+    mine = pipe.unet
+    with ah.enable(pipe, CADENCE) as session:
+        pipe.unet = nn.Sequential(mine)  # around it: still heard
+        session.report()
+        pipe.unet = unet()
+        with pytest.warns(ah.InertWarning, match="unet: the pipeline was given another"):
+            generate(pipe, 4)
+        assert not session.forwards
+        assert "unet: the pipeline was given another" in str(session.report())
+
+
+@pytest.mark.parametrize("told_by", ["report", "disable"])
+def test_a_replaced_block_is_named(told_by):
+    model = TINY["flux"].build()
+    session = ah.enable(model, LazyStep(scope="stack"))
+    model.transformer_blocks[1] = copy.deepcopy(model.transformer_blocks[1])
+    with pytest.warns(ah.InertWarning, match=r"transformer_blocks\.1.*: replaced since enable"):
+        getattr(session, told_by)()
+    assert "transformer_blocks.1" in str(session.report())
+    session.disable()
