@@ -68,10 +68,15 @@ class Held(Generic[T]):
         blocks = list(self._blocks)
         if not blocks:
             return []
-        stack = [_key(frame) for frame in _of_task(sys._getframe())]
-        running = set(stack)
         newest = {block.frame: n for n, block in enumerate(blocks)}
-        inner = next((newest[key] for key in stack if key in newest), -1)
+        running: set[Key] = set()
+        inner = -1
+        for frame in _of_task(sys._getframe()):
+            running.add(key := _key(frame))
+            if inner < 0 and key in newest:
+                inner = newest[key]
+                if inner == len(blocks) - 1:
+                    break
         later = [b for b in blocks[inner + 1 :] if b.frame not in running and b.may_hold(running)]
         return [block.value for block in (blocks[inner : inner + 1] if inner >= 0 else []) + later]
 
