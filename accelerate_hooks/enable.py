@@ -234,7 +234,7 @@ def _install(
 ) -> None:
     ledger = session.ledger
     for root in roots:
-        blocks = any(site.kind == "block" and plan[site] for site in root.sites)
+        blocks = root.asks_blocks = any(s.kind == "block" and plan[s] for s in root.sites)
         seams: dict[tuple[nn.Module, Kind], list[Site]] = {}  # a module may be two kinds of site
         for site in root.sites:
             seams.setdefault((site.module, site.kind), []).append(site)

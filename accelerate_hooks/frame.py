@@ -41,6 +41,7 @@ class Root:
         self.sites = sites
         self.recogniser = Recogniser()
         self.flow = flow.Flow()
+        self.asks_blocks = False
         self.counted: set[Any] = set()
         self.tries = 0
         self.seams: list[Seam] = []

@@ -306,11 +306,11 @@ class Session:
         """The forward of a root; where a policy asks more of a block than its names tell, one that
         is only watched goes before it."""
         site = root.site
-        if frame.watch is None:
+        if frame.watch is None or not root.asks_blocks:
             return self._dispatch(frame, seam, site, args, kwargs)
         state, before = torch.get_rng_state(), self._counters(frame)
         cached = cache_of(frame.arguments)[1] is not None
-        if cached or not frame.step.run.slots:  # else: of another model, not to be begun again
+        if cached or not frame.step.run.slots:  # else: another model's, not to be begun again
             try:
                 return self._dispatch(frame, seam, site, args, kwargs)
             except flow.Unsure:

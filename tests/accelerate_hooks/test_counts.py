@@ -245,6 +245,26 @@ def test_the_worst_of_errors_with_a_nan_is_nan():
     assert worst(0.1, 0.5) == 0.5
 
 
+@pytest.mark.parametrize("scope", ["model", "stack", "site"])
+def test_a_step_is_computed_once_and_a_skipped_one_not_at_all(scope):
+    model, inputs = TINY["dit"].build(), TINY["dit"].inputs(2)
+    calls = []
+    for block in model.transformer_blocks:
+        block.ff.net[2].register_forward_hook(lambda *_: calls.append(1))
+    policy = LazyStep(scope=scope, criterion="cadence", every=2, warmup=2, cooldown=0)
+    with torch.no_grad(), enable(model, policy) as session, session.run(12):
+        per_step = []
+        for t in range(12, 0, -1):
+            calls.clear()
+            model(**inputs | {"timestep": torch.full_like(inputs["timestep"], t)})
+            per_step.append(len(calls))
+    depth = len(model.transformer_blocks)
+    least = {"model": 0, "stack": 1, "site": 0}[scope]
+    again = 1 + depth if scope == "stack" else 0  # a try up to the first block, a watched forward
+    assert per_step[0] == depth + again
+    assert per_step[1:] == [depth if i == 1 or i % 2 else least for i in range(1, 12)]
+
+
 class Turns(DiffusionPipeline):
     """Two models that take turns, each with two branches."""
 
