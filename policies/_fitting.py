@@ -42,7 +42,7 @@ def fit_rule(policy: Any, model: nn.Module, data: Any, target: float | None, pro
     for name in names:
         s = seen[name]
         cost, error = (v[rule].tolist() for v in (s.kept, s.error))
-        curves.append(([c / s.tokens for c in cost], [-e / s.scale for e in error]))
+        curves.append(([c / s.tokens for c in cost], [-e / s.tokens for e in error]))
     k = curves[0][0][-1]
     if not curves[0][0][0] <= target <= k + 1e-9:
         raise SpecError(

@@ -29,12 +29,11 @@ class Seen:
     """Of one layer, sums over tokens; `[E]` by expert and `[settings]` by rule.
 
     asked: how often; weight: of the router; norm: of the expert's output; both: their product.
-    kept, error: a rule's mean number of experts, and the square of what leaving out the others
-    changes, of ``scale``, the square of the residual stream (of the output where there is none).
+    kept, error: a rule's number of experts, and the square of what leaving out the others changes,
+    as a share of that of the token in the residual stream (in the output where there is none).
     """
 
     tokens: float
-    scale: float
     asked: Tensor
     weight: Tensor
     norm: Tensor
@@ -43,7 +42,7 @@ class Seen:
     error: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, other: Seen) -> None:
-        for name in ("tokens", "scale", "asked", "weight", "norm", "both"):
+        for name in ("tokens", "asked", "weight", "norm", "both"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for mine, theirs in ((self.kept, other.kept), (self.error, other.error)):
             for rule, values in theirs.items():
@@ -101,9 +100,9 @@ class Watch(Policy):
         ]
         ys = torch.stack([y.detach() for y in slots], 1)
         count = call.known(lambda: len(per_expert(call.site.module)))
-        seen = look(self.policy, self.rule, ys, indices, weights, count)
         if stream is not None:
-            seen.scale = stream.double().square().sum().item()
+            stream = stream.flatten(0, -2) if stream.numel() == ys[:, 0].numel() else None
+        seen = look(self.policy, self.rule, ys, indices, weights, count, stream)
         name = call.site.name
         if name in self.seen:
             self.seen[name].add(seen)
@@ -112,9 +111,10 @@ class Watch(Policy):
 
 
 def look(
-    policy: Any, rule: str | None, ys: Tensor, indices: Tensor, weights: Tensor, count: int
-) -> Seen:
-    """``ys`` ``[T, k, H]``: what each slot's expert gives, at weight 1."""
+    policy: Any, rule: str | None, ys: Tensor, indices: Tensor, weights: Tensor, count: int,
+    stream: Tensor | None = None,
+) -> Seen:  # fmt: skip
+    """``ys`` ``[T, k, H]``: what each slot's expert gives, at weight 1; ``stream`` ``[T, H]``."""
     asked = torch.zeros(count, dtype=torch.float64)
     sums = {"weight": asked.clone(), "norm": asked.clone(), "both": asked.clone()}
     valid = (indices >= 0) & (indices < count)
@@ -123,9 +123,10 @@ def look(
     asked.index_add_(0, places, torch.ones_like(w))
     for name, values in (("weight", w), ("norm", norm), ("both", w * norm)):
         sums[name].index_add_(0, places, values)
-    whole = torch.einsum("tkh,tk->th", ys.float(), weights.float())
-    seen = Seen(float(len(ys)), whole.double().square().sum().item(), asked, **sums)
+    seen = Seen(float(len(ys)), asked, **sums)
     if rule is not None:
+        whole = torch.einsum("tkh,tk->th", ys.float(), weights.float())
+        size = (whole if stream is None else stream).double().square().sum(-1).clamp(min=1e-30)
         settings = thresholds(rule, indices.shape[1])
         order = weights.float().argsort(dim=-1, descending=True, stable=True)
         ranked = weights.float().gather(1, order)
@@ -138,12 +139,13 @@ def look(
             if same:
                 some = some * (total / some.sum(-1, keepdim=True))
             change = torch.zeros_like(ranked).scatter(1, order, ranked - some)
-            lost = sum(
-                torch.einsum("tkh,tk->th", y.float(), c).double().square().sum().item()
-                for y, c in zip(ys.split(_TOKENS), change.split(_TOKENS), strict=True)
-            )
+            parts = zip(*(t.split(_TOKENS) for t in (ys, change, size)), strict=True)
+            lost = [
+                (torch.einsum("tkh,tk->th", y.float(), c).double().square().sum(-1) / s).sum()
+                for y, c, s in parts
+            ]
             kept.append(mask.sum(dtype=torch.float64).item())
-            error.append(lost)
+            error.append(sum(lost, torch.zeros(())).item())
         seen.kept[rule] = torch.tensor(kept, dtype=torch.float64)
         seen.error[rule] = torch.tensor(error, dtype=torch.float64)
     return seen
