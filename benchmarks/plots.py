@@ -144,7 +144,7 @@ class Series:
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """One set of axes; `level` is a horizontal line with a name; `ylog`: values on a log scale."""
+    """One set of axes; `level` is a horizontal line with a name."""
 
     title: str
     xlabel: str
@@ -153,7 +153,7 @@ class Panel:
     targets: Sequence[float] = ()
     level: tuple[str, float] | None = None
     xlim: tuple[float, float] | None = None
-    ylog: bool = False
+    ylim: tuple[float, float] | None = None
 
 
 def draw(path: Path, panels: Sequence[Sequence[Panel]], title: str) -> None:
@@ -188,8 +188,8 @@ def draw(path: Path, panels: Sequence[Sequence[Panel]], title: str) -> None:
             name, height = panel.level
             axis.axhline(height, color="0.4", linewidth=1, linestyle=":", label=name)
         axis.set_xscale("log")
-        if panel.ylog:
-            axis.set_yscale("log")
+        if panel.ylim is not None:
+            axis.set_ylim(*panel.ylim)
         axis.xaxis.set_major_locator(FixedLocator([1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10]))
         axis.xaxis.set_minor_locator(NullLocator())
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))

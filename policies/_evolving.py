@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from accelerate_hooks.enable import enable
-from accelerate_hooks.errors import SpecError
+from accelerate_hooks.errors import SpecError, UnsupportedModelError
 from accelerate_hooks.kernels import esap
 from accelerate_hooks.opaque import opaque_functions
 from accelerate_hooks.policies._watching import forward
@@ -123,17 +123,22 @@ def _mutated(plan: Plan, most: Sequence[int], chance: random.Random) -> Plan:
 
 
 def acceptance(
-    model: nn.Module, make: Callable[[Plan], Policy], data: Iterable[Any]
-) -> Callable[[Plan], float]:
+    model: nn.Module, make: Callable[[Any], Policy], data: Iterable[Any]
+) -> Callable[[Any], float]:
     """The fitness of a plan: the mean `esap` over the tokens of ``data`` that are no padding. The
     full model's logits are kept on the CPU, in its dtype."""
     items = list(data)
     if not items:
         raise SpecError("expert_skip: fit needs at least one item in data")
+    if not gives_logits(model, items[0]):
+        raise UnsupportedModelError(
+            f"expert_skip: {type(model).__name__} gives no logits to compare; give the numbers "
+            "yourself, or fit without a target"
+        )
     with torch.no_grad():
         full = [forward(model, item).logits.cpu() for item in items]
 
-    def fitness(plan: Plan) -> float:
+    def fitness(plan: Any) -> float:
         total, count = 0.0, 0.0
         with enable(model, make(plan)), torch.no_grad():
             for item, logits in zip(items, full, strict=True):
@@ -144,6 +149,11 @@ def acceptance(
         return total / max(count, 1.0)
 
     return fitness
+
+
+@torch.no_grad()
+def gives_logits(model: nn.Module, item: Any) -> bool:
+    return isinstance(getattr(forward(model, item), "logits", None), Tensor)
 
 
 def _tokens(item: Any, logits: Tensor) -> Tensor:

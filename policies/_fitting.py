@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from accelerate_hooks.artifact import Artifact
 from accelerate_hooks.enable import enable
 from accelerate_hooks.errors import SpecError, UnsupportedModelError
 from accelerate_hooks.opaque import opaque_functions
-from accelerate_hooks.policies._evolving import acceptance, evolve
+from accelerate_hooks.policies._evolving import acceptance, evolve, gives_logits
 from accelerate_hooks.policies._hull import split
 from accelerate_hooks.policies._pruning import Layer, mixtures
 from accelerate_hooks.policies._routers import chosen
@@ -23,8 +24,13 @@ _NOISE = 256  # tokens of noise a layer for LExI
 
 
 def fit_rule(policy: Any, model: nn.Module, data: Any, target: float | None, progress: bool) -> Any:
-    """The rule that is set, with a number a layer: of all splits of the budget the one that changes
-    the residual stream least, each layer by itself."""
+    """The rule that is set, with a number a layer.
+
+    Tried are one number for all layers, numbers that keep as many experts in each, and the split
+    that changes the residual stream least, each layer by itself (which does not know what the
+    layers behind make of it). Kept is what the full model accepts most of; without data or logits,
+    the split.
+    """
     rules = [name for name in RULES if getattr(policy, name) is not None]
     if len(rules) != 1 or target is None:
         raise SpecError(
@@ -37,6 +43,7 @@ def fit_rule(policy: Any, model: nn.Module, data: Any, target: float | None, pro
     elif data is None:
         raise SpecError(f"expert_skip: {rule} is fitted on data; only top_k can do without")
     else:
+        data = list(data)
         seen = watch(policy, model, data, rule, progress)
     names, curves = list(seen), []
     for name in names:
@@ -49,16 +56,32 @@ def fit_rule(policy: Any, model: nn.Module, data: Any, target: float | None, pro
             f"expert_skip: target={target!r} experts is out of range; {rule} keeps "
             f"{curves[0][0][0]:.2f} to {k:.2f} here"
         )
-    places = split(curves, target * len(curves))
+    costs = [cost for cost, _ in curves]
     values = thresholds(rule, round(k))
-    numbers = tuple(values[p] for p in places)
-    kept = [cost[p] for (cost, _), p in zip(curves, places, strict=True)]
+    means = [sum(c) / len(costs) for c in zip(*costs, strict=True)]
+    ways = {
+        "split": split(curves, target * len(curves)),
+        "even": [_last(cost, target) for cost in costs],
+        "same": [_last(means, target)] * len(costs),
+    }
+    tried = {way: tuple(values[p] for p in places) for way, places in ways.items()}
+    accepted: dict[str, float] = {}
+    if data is not None and gives_logits(model, data[0]):
+        fitness = acceptance(model, lambda plan: replace(policy, **{rule: plan}), data)
+        accepted = {way: fitness(numbers) for way, numbers in tried.items()}
+    best = max(accepted, key=lambda way: accepted[way]) if accepted else "split"
+    kept = [cost[p] for cost, p in zip(costs, ways[best], strict=True)]
     artifact = Artifact.create(
-        {"kept": torch.tensor(kept), "thresholds": torch.tensor(numbers, dtype=torch.float64)},
+        {"kept": torch.tensor(kept), "thresholds": torch.tensor(tried[best], dtype=torch.float64)},
         policy=policy.name, model=_model_of(model), rule=rule, target=target, layers=names,
-        tokens=seen[names[0]].tokens,
+        tokens=seen[names[0]].tokens, way=best, esap=accepted,
     )  # fmt: skip
-    return replace(policy, **{rule: numbers}, artifact=artifact)
+    return replace(policy, **{rule: tried[best]}, artifact=artifact)
+
+
+def _last(costs: Sequence[float], most: float) -> int:
+    """The last place whose cost is at most ``most``; costs do not fall."""
+    return max([i for i, cost in enumerate(costs) if cost <= most + 1e-9], default=0)
 
 
 def _on_noise(policy: Any, model: nn.Module, rule: str) -> dict[str, Seen]:
