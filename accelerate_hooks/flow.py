@@ -67,11 +67,12 @@ class Watch:
 
 
 class Flow:
-    """The ports of one model's blocks. ``open`` while there are blocks nobody has watched yet."""
+    """The ports of one model's blocks. ``open`` while there are blocks nobody has watched yet,
+    ``watched`` the forwards in which some were."""
 
     def __init__(self) -> None:
         self.open = True
-        self._watched = 0
+        self.watched = 0
         self._lock = threading.Lock()
 
     def watch(self) -> Watch | None:
@@ -105,10 +106,10 @@ class Flow:
                     elif new:
                         visit.site.learn(port=dataclasses.replace(visit.site.port, confirmed=True))
                         _refuse(session, root, visit.site, str(port))
-            self._watched += bool(watch.visits)
+            self.watched += bool(watch.visits)
             blocks = [site for site in root.sites if site.kind == "block"]
             left = [site for site in blocks if not site.port.confirmed]
-            self.open = bool(left) and self._watched < _MOST
+            self.open = bool(left) and self.watched < _MOST
 
 
 class Unsure(Exception):

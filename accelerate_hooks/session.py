@@ -266,8 +266,8 @@ class Session:
         arguments = dict(zip(site.port.parameters, args, strict=False)) | kwargs
         scheduler = getattr(self.pipeline(), "scheduler", None)
         if scheduler is not self.scheduler and scheduler is not None:  # it was given another
-            follow_scheduler(self, scheduler)
-            begin(self, scheduler)
+            if follow_scheduler(self, scheduler):
+                begin(self, scheduler)
         step = step_of(root, self.schedules, arguments)
         frame = Frame(self, root, step, FRAME.get(), arguments)
         x = arguments.get(site.port.x)
@@ -310,7 +310,8 @@ class Session:
             return self._dispatch(frame, seam, site, args, kwargs)
         state, before = torch.get_rng_state(), self._counters(frame)
         cached = cache_of(frame.arguments)[1] is not None
-        if cached or not frame.step.run.slots:  # else: another model's, not to be begun again
+        # what another model of the run has kept is not to be begun again
+        if cached or root.flow.watched or not frame.step.run.slots:
             try:
                 return self._dispatch(frame, seam, site, args, kwargs)
             except flow.Unsure:

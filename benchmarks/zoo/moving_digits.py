@@ -442,28 +442,48 @@ def centres(clips: Tensor) -> Tensor:
     return torch.stack((rows, columns), dim=-1)
 
 
-def deviation(clips: Tensor) -> Tensor:
-    """Largest distance `[B]`, pixels, of the centre from the best bouncing path over the frames.
+def deviation(clips: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest distances `[B]`, pixels, of the centre from a straight path over the frames.
 
-    In each axis the path is `offset + reflect(start + t * velocity)`, of any start and velocity,
-    and of the offset that makes the largest error least; infinite where a frame has lost half of
-    the clip's median ink.
+    First, from one bouncing path: in each axis `offset + reflect(start + t * velocity)`, of any
+    start and velocity, and of the offset that makes the largest error least. Second, between the
+    bounces of that path: in each axis the line of least squares through the frames from one bounce
+    to the next. Infinite where a frame has lost half of the clip's median ink.
     """
     track = centres(clips)
     starts = torch.linspace(0, 2 * (SIZE - DIGIT), 129)[:-1]
     velocities = torch.linspace(0, 2.4, 121)
     line = starts[:, None, None] + velocities[None, :, None] * torch.arange(clips.shape[1])
-    paths = reflect(line, SIZE - DIGIT).flatten(0, 1)
-    errors = []
+    line = line.flatten(0, 1)
+    paths = reflect(line, SIZE - DIGIT)
+    whole, pieces = [], []
+    rows = torch.arange(len(clips))
     for axis in track.unbind(-1):
         error = axis[:, None] - paths
         offset = (error.amax(-1) + error.amin(-1)) / 2
         best = (error.amax(-1) - error.amin(-1)).argmin(-1)
-        rows = torch.arange(len(axis))
-        errors.append(error[rows, best] - offset[rows, best, None])
-    worst = torch.stack(errors, dim=-1).norm(dim=-1).amax(-1)
+        whole.append(error[rows, best] - offset[rows, best, None])
+        bounces = (line[best] / (SIZE - DIGIT)).floor()
+        pieces.append(torch.stack([_off_line(a, b) for a, b in zip(axis, bounces, strict=True)]))
     ink = clips.sum(dim=(2, 3))
-    return worst.masked_fill((ink < 0.5 * ink.median(dim=1, keepdim=True).values).any(1), math.inf)
+    lost = (ink < 0.5 * ink.median(dim=1, keepdim=True).values).any(1)
+    one, between = (
+        torch.stack(errors, dim=-1).norm(dim=-1).amax(-1).masked_fill(lost, math.inf)
+        for errors in (whole, pieces)
+    )
+    return one, between
+
+
+def _off_line(places: Tensor, bounces: Tensor) -> Tensor:
+    """Residuals `[T]` of the lines of least squares through each run of equal `bounces`."""
+    out = torch.zeros_like(places)
+    for number in bounces.unique():
+        here = bounces == number
+        t = torch.arange(len(places), dtype=places.dtype)[here]
+        t, y = t - t.mean(), places[here] - places[here].mean()
+        slope = (t * y).sum() / t.square().sum().clamp(min=1e-9)
+        out[here] = y - slope * t
+    return out
 
 
 @torch.no_grad()
@@ -488,14 +508,16 @@ def evaluate(model: MovingDigits, classifier: FrameClassifier, steps: int) -> di
 
     def read(clips: Tensor, labels: Tensor) -> dict[str, float]:
         middle = clips[:, FRAMES // 2].unsqueeze(1)
-        away = deviation(clips)
+        one, between = deviation(clips)
         return {
             "middle_frame_agreement": (classifier(middle).argmax(1) == labels)
             .float()
             .mean()
             .item(),
-            "straight_share": (away <= 1).float().mean().item(),
-            "median_deviation_pixels": away.median().item(),
+            "straight_share": (between <= 1).float().mean().item(),
+            "median_deviation_pixels": between.median().item(),
+            "one_path_share": (one <= 1).float().mean().item(),
+            "one_path_median_pixels": one.median().item(),
         }
 
     return {

@@ -265,6 +265,37 @@ def test_a_step_is_computed_once_and_a_skipped_one_not_at_all(scope):
     assert per_step[1:] == [depth if i == 1 or i % 2 else least for i in range(1, 12)]
 
 
+def test_a_block_that_is_never_visited_costs_nothing():
+    model, inputs = TINY["sd3"].build(), TINY["sd3"].inputs(2)
+    calls = []
+    model.transformer_blocks[0].ff.net[2].register_forward_hook(lambda *_: calls.append(1))
+    policy = LazyStep(scope="stack", criterion="cadence", every=2, warmup=2, cooldown=0)
+    with torch.no_grad(), enable(model, policy) as session, session.run(12):
+        for t in range(12, 0, -1):
+            given = inputs | {"timestep": torch.full_like(inputs["timestep"], t)}
+            model(**given, skip_layers=[1])
+    assert len(calls) <= 12 + 2  # the first block decides at every step
+
+
+class Late:
+    """A scheduler whose timesteps are not set yet."""
+
+    timesteps = None
+
+    def set_timesteps(self, count):
+        self.timesteps = torch.linspace(1, 0, count)
+
+    def step(self, out, timestep, sample):
+        return sample - out
+
+
+def test_a_scheduler_that_is_not_set_yet_is_waited_for():
+    pipe = Turns(TINY["wan"].build(), TINY["wan"].build(), FlowMatchEulerDiscreteScheduler())
+    with torch.no_grad(), enable(pipe, LazyStep()):
+        pipe.scheduler = Late()
+        pipe.transformer(**TINY["wan"].inputs(1))
+
+
 class Turns(DiffusionPipeline):
     """Two models that take turns, each with two branches."""
 
