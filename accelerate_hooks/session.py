@@ -265,9 +265,9 @@ class Session:
         root = self.root(site.module)
         arguments = dict(zip(site.port.parameters, args, strict=False)) | kwargs
         scheduler = getattr(self.pipeline(), "scheduler", None)
-        if scheduler is not self.scheduler and scheduler is not None:  # it was given another
-            if follow_scheduler(self, scheduler):
-                begin(self, scheduler)
+        other = scheduler is not self.scheduler and scheduler is not None
+        if other and follow_scheduler(self, scheduler):  # the pipeline was given another
+            begin(self, scheduler)
         step = step_of(root, self.schedules, arguments)
         frame = Frame(self, root, step, FRAME.get(), arguments)
         x = arguments.get(site.port.x)
