@@ -31,21 +31,31 @@ class Here:
         return self._task() is task
 
 
+_SET: contextvars.ContextVar[dict[weakref.ref[Any], Here]] = contextvars.ContextVar(
+    "accelerate_hooks_set"
+)
+
+
 class Own(Generic[T]):
     """A context variable that only the thread and asyncio task which set it see: a child inherits
-    its parent's context, but is no part of its parent's generation."""
+    its parent's context, but is no part of its parent's generation.
 
-    def __init__(self, name: str) -> None:
-        self._held: contextvars.ContextVar[tuple[Here, T] | None] = contextvars.ContextVar(
-            name, default=None
-        )
+    A context holds for ever what was set in it, so it has no more than where that was, and the
+    values are here: they go with the context and with this, whichever is first.
+    """
+
+    def __init__(self) -> None:
+        self._values: weakref.WeakKeyDictionary[Here, T] = weakref.WeakKeyDictionary()
 
     def get(self) -> T | None:
-        held = self._held.get()
-        return held[1] if held is not None and held[0].now() else None
+        here = _SET.get({}).get(weakref.ref(self))
+        return self._values.get(here) if here is not None and here.now() else None
 
     def set(self, value: T) -> None:
-        self._held.set((Here(), value))
+        here = Here()
+        self._values[here] = value
+        others = {own: there for own, there in _SET.get({}).items() if own() is not None}
+        _SET.set(others | {weakref.ref(self): here})
 
 
 def current_task() -> Any:

@@ -126,7 +126,7 @@ class Recogniser:
     """The run of each forward of one model in one session."""
 
     def __init__(self) -> None:
-        self._trail: Own[Trail] = Own("accelerate_hooks_trail")
+        self._trail: Own[Trail] = Own()
         self._by_cache: weakref.WeakKeyDictionary[Any, Run] = weakref.WeakKeyDictionary()
         self._trails: weakref.WeakSet[Trail] = weakref.WeakSet()
 

@@ -90,7 +90,7 @@ class Schedules:
     """The current `Schedule` of each context, and the runs that the user declared."""
 
     def __init__(self) -> None:
-        self.current: Own[Schedule] = Own("accelerate_hooks_schedule")
+        self.current: Own[Schedule] = Own()
         self.explicit: Held[Run] = Held()
         self.context_name: contextvars.ContextVar[str | None] = contextvars.ContextVar(
             "accelerate_hooks_context_name", default=None

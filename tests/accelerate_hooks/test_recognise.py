@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import contextvars
 import gc
 import threading
 import weakref
@@ -531,3 +532,18 @@ def test_cached_tensors_die_when_the_prompt_does(model):
         del labels, run, histories
         gc.collect()
         assert all(ref() is None for ref in held)
+
+
+def test_a_context_keeps_nothing_of_a_session_that_is_gone(model):
+    def generation():
+        with ah.enable(model, LazyStep.example()) as session:
+            loop(model, torch.tensor([1, 2]))
+            return weakref.ref(session.roots[0].recogniser._trail.get())
+
+    generation()
+    gc.collect()
+    before = len(contextvars.copy_context())
+    trails = [generation() for _ in range(3)]
+    gc.collect()
+    assert [trail() for trail in trails] == [None] * 3
+    assert len(contextvars.copy_context()) == before
