@@ -122,13 +122,13 @@ class Ledger:
     """Every change that a session makes to objects of others, undone last first."""
 
     def __init__(self) -> None:
-        self._undo: list[Callable[[], str | None]] = []
+        self._undo: dict[Callable[[], str | None], weakref.ref[Any] | None] = {}
         self.taken_out: list[str] = []
 
     def override(self, override: Override) -> None:
         owner = override.owner
         vars(owner)[override.name] = override
-        self._undo.append(lambda: self._restore(override))
+        self.note(lambda: self._restore(override))
 
     def seam(self, seam: Seam) -> None:
         self.override(seam)
@@ -139,18 +139,21 @@ class Ledger:
         own = [name for name in told if name in vars(owner)]
         for name in own:
             self.override(Override(owner, name, _after(told[name])))
-        self.note(overhear(owner, {name: told[name] for name in told if name not in own}))
+        self.note(overhear(owner, {name: told[name] for name in told if name not in own}), owner)
 
-    def note(self, undo: Callable[[], str | None]) -> None:
-        """Record an undo function; it returns None, or the name of what it could not undo."""
-        self._undo.append(undo)
+    def note(self, undo: Callable[[], str | None], owner: Any = None) -> None:
+        """Record an undo function; it returns None, or the name of what it could not undo. It is
+        forgotten with its owner, if it has one: a server may give a pipeline another scheduler for
+        each request."""
+        gone = None if owner is None else lambda _: self._undo.pop(undo, None)
+        self._undo[undo] = None if gone is None else weakref.ref(owner, gone)
 
     def undo(self) -> list[str]:
         """Undo everything; the names of what somebody else has wrapped meanwhile. What somebody
         else has taken out is in ``taken_out``."""
         left = []
         while self._undo:
-            name = self._undo.pop()()
+            name = self._undo.popitem()[0]()
             if name is not None:
                 left.append(name)
         return left

@@ -2,6 +2,7 @@
 share their scheduler, or are given other models."""
 
 import copy
+import gc
 import pickle
 from dataclasses import dataclass
 from typing import ClassVar
@@ -258,6 +259,21 @@ def test_a_panorama(monkeypatch):
     assert not torch.equal(got, plain)
     assert vars(pipe.scheduler).keys() == before and type(pipe.scheduler) is DDIMScheduler
     assert torch.equal(panorama(2, latents), plain)
+
+
+def test_a_scheduler_for_each_request_leaves_nothing():
+    pipe = pipeline(StableDiffusionPipeline, DDIMScheduler(**PLAIN))
+
+    def request():
+        pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+        generate(pipe, 8)
+        gc.collect()
+        return len(session.ledger._undo), len(EulerDiscreteScheduler.__subclasses__())
+
+    with ah.enable(pipe, CADENCE) as session:
+        assert request() == request() == request()
+        assert session.tally.signals() == {"scheduler": 3}
+    assert type(pipe.scheduler) is EulerDiscreteScheduler
 
 
 # -- several pipelines, other models --------------------------------------------------------------
