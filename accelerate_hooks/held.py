@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dis
 import inspect
 import sys
+import weakref
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +26,23 @@ _CONTEXTLIB = contextlib.contextmanager.__code__.co_filename
 
 
 @dataclass(eq=False)
+class Opener:
+    """The frames of an open ``with`` statement. They live as long as it is open, since another
+    frame at the address of a dead one would pass for it. Only the statement holds them, so that one
+    that was abandoned with all its variables is collected, and ends."""
+
+    frame: FrameType
+    home: FrameType | None
+
+    def ended(self) -> bool:
+        """Whether ``home`` has returned."""
+        if self.home is None:
+            return False
+        last = self.home.f_code.co_code[self.home.f_lasti]
+        return dis.opname[last] in ("RETURN_VALUE", "RETURN_CONST")
+
+
+@dataclass(eq=False)
 class Block(Generic[T]):
     """An open ``with`` statement. ``frame`` is the one that it stands in, ``home`` the generator or
     coroutine around that (or itself), without which nothing is inside the statement."""
@@ -32,11 +51,19 @@ class Block(Generic[T]):
     frame: Key
     home: Key | None
     where: Here
+    opener: weakref.ref[Opener]
 
     def may_hold(self, running: set[Key]) -> bool:
         """Whether its value may hold although its own frame is not running: a helper opened it and
         has returned, to this thread or task and to the generator that is running."""
         return self.where.now() and (self.home is None or self.home in running)
+
+    def lost(self) -> bool:
+        """Whether it is still open although all that it could hold in has ended."""
+        if self.home is None:
+            return self.where.gone()
+        opener = self.opener()
+        return opener is not None and opener.ended()
 
 
 class Held(Generic[T]):
@@ -54,8 +81,9 @@ class Held(Generic[T]):
     @contextmanager
     def hold(self, value: T) -> Generator[None]:
         frame = _statement(sys._getframe())
-        home = next((f for f in _outward(frame) if f.f_code.co_flags & _SUSPENDABLE), None)
-        block = Block(value, _key(frame), None if home is None else _key(home), Here())
+        opener = Opener(frame, home := _home(frame))
+        key = None if home is None else _key(home)
+        block = Block(value, _key(frame), key, Here(), weakref.ref(opener))
         self._blocks.append(block)
         try:
             yield
@@ -80,6 +108,10 @@ class Held(Generic[T]):
         later = [b for b in blocks[inner + 1 :] if b.frame not in running and b.may_hold(running)]
         return [block.value for block in (blocks[inner : inner + 1] if inner >= 0 else []) + later]
 
+    def lost(self) -> bool:
+        """Whether one is open that can hold nowhere any more."""
+        return any(block.lost() for block in list(self._blocks))
+
     def everywhere(self) -> list[T]:
         return [block.value for block in list(self._blocks)]
 
@@ -87,6 +119,17 @@ class Held(Generic[T]):
 def _key(frame: FrameType) -> Key:
     """A frame, without keeping alive what its variables hold."""
     return id(frame), id(frame.f_code)
+
+
+def _home(frame: FrameType) -> FrameType | None:
+    """The generator or coroutine that a frame is part of. A module's statement is part of none:
+    IPython runs each one of a cell in a coroutine of its own."""
+    for one in _outward(frame):
+        if one.f_code.co_name == "<module>":
+            break
+        if one.f_code.co_flags & _SUSPENDABLE:
+            return one
+    return None
 
 
 def _outward(frame: FrameType | None) -> Iterator[FrameType]:

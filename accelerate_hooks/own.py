@@ -30,6 +30,11 @@ class Here:
             return self._task is task
         return self._task() is task
 
+    def gone(self) -> bool:
+        """Whether the task has ended."""
+        task = None if self._task is None else self._task()
+        return task.done() if task is not None else self._task is not None
+
 
 _SET: contextvars.ContextVar[dict[weakref.ref[Any], Here]] = contextvars.ContextVar(
     "accelerate_hooks_set"

@@ -154,6 +154,11 @@ class Session:
 
         if self._active:
             tell_replaced(self)
+        if self.schedules.explicit.lost() or self._pauses.lost():
+            self.say(
+                "a session.run() or paused() is still open, but the coroutine, generator or task "
+                "that opened it has ended: it holds nowhere"
+            )
         return Report.of(self, run)
 
     def save_recipe(self, path: str) -> None:

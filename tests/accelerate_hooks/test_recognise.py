@@ -1,5 +1,6 @@
 """Which run and branch a forward belongs to: the patterns of real loops, four of them limits."""
 
+import ast
 import asyncio
 import contextlib
 import contextvars
@@ -412,6 +413,79 @@ def test_one_run_that_a_helper_opened_holds(model):
         assert same(list(request.samples), wanted)
         request.open.close()
         assert session.tally.signals() == {"session.run()": 3}
+
+
+def test_a_run_and_a_pause_of_a_notebook_hold_in_later_cells(model):
+    """IPython runs each statement of a cell by ``exec``, in a coroutine that it makes for it."""
+
+    async def run_code(cell):
+        exec(compile(cell, "cell", "exec"), space)
+
+    def notebook(cell):
+        with pytest.raises(StopIteration):
+            run_code(cell).send(None)
+
+    with ah.enable(model, Watch()) as session:
+        space = {"stack": contextlib.ExitStack(), "session": session, "model": model, "step": step}
+        notebook("run = stack.enter_context(session.run())")
+        notebook("step(model, 900); step(model, 700)")
+        assert session.tally.signals() == {"session.run()": 1} and space["run"].index == 1
+        notebook("pause = session.paused(); pause.__enter__()")
+        notebook("step(model, 500)")
+        assert session.forwards == 2
+        notebook("pause.__exit__(None, None, None); stack.close()")
+        assert "has ended" not in str(session.report())
+
+
+@pytest.mark.parametrize("opener", ["coroutine", "task of a cell"])
+def test_a_run_whose_opener_has_ended_is_named(model, opener):
+    async def enter():
+        stack.enter_context(session.run())
+
+    async def main():
+        if opener == "coroutine":
+            await enter()
+        else:
+            cell = "await sleep(0); stack.enter_context(session.run())"
+            code = compile(cell, "cell", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+            space = {"stack": stack, "session": session, "sleep": asyncio.sleep}
+            await asyncio.create_task(eval(code, space))
+        step(model, 900)
+
+    with ah.enable(model, Watch()) as session, contextlib.ExitStack() as stack:
+        asyncio.run(main())
+        assert session.tally.signals() == {"timestep": 1}
+        assert str(session.report()) == str(session.report())
+        assert str(session.report()).count("has ended") == 1
+
+
+def test_a_frame_at_the_address_of_an_opener_is_not_it(model):
+    class Lazy:
+        """Opens its run in the very method that makes its forwards."""
+
+        def __init__(self):
+            self.open, self.first = contextlib.ExitStack(), True
+
+        def go(self):
+            if self.first:
+                self.open.enter_context(session.run())
+            self.first = False
+            step(model, 900)
+
+    with ah.enable(model, Watch()) as session:
+        one, two = Lazy(), Lazy()
+        for lazy in (one, two, one, two, one):
+            lazy.go()
+        (ambiguous,) = session.tally.ambiguous().items()
+        assert "several session.run() are open" in ambiguous[0] and ambiguous[1] == 3
+        one.open.close()
+        two.open.close()
+        abandoned = Lazy()
+        abandoned.go()
+        abandoned.me = abandoned
+        del abandoned, lazy
+        gc.collect()
+        assert not session.schedules.explicit.everywhere()
 
 
 def test_runs_that_cannot_be_told_apart_are_computed_in_full(model):
