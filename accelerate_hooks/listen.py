@@ -57,10 +57,14 @@ def follow_scheduler(session: Session, scheduler: Any) -> bool:
     session.scheduler = scheduler
     if not (hasattr(scheduler, "set_timesteps") and hasattr(scheduler, "step")):
         return False
-    if scheduler not in session.followed:
-        session.followed.add(scheduler)
+    if not session.ledger.hears(scheduler):
         told = {"set_timesteps": set_timesteps(session), "step": scheduler_step(session)}
-        session.ledger.overhear(scheduler, told)
+        try:
+            session.ledger.overhear(scheduler, told)
+        except TypeError as why:  # `__slots__`
+            name = type(scheduler).__name__
+            session.say(f"{name} cannot be heard ({why}): runs are told by their timesteps")
+            return False
     return getattr(scheduler, "timesteps", None) is not None
 
 

@@ -8,6 +8,7 @@ to make, are of the plain class.
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import weakref
 from collections.abc import Callable, Mapping
@@ -53,9 +54,12 @@ def _listening(base: Any) -> Any:
         return base(*args, **kwargs)
 
     def reduce(self: Any, protocol: Any) -> Any:
-        _, args, *state = base.__reduce_ex__(self, max(int(protocol), 2))
+        result = base.__reduce_ex__(self, max(int(protocol), 2))
+        plain = result[0] is copyreg.__newobj__  # type: ignore[attr-defined]
+        if not plain or result[1][0] is not type(self):
+            return result
         # Not `copyreg.__newobj__`: pickle holds that one to the class that the object has now.
-        return object.__new__, (base, *args[1:]), *state
+        return base.__new__, (base, *result[1][1:]), *result[2:]
 
     body = {
         _TOLD: [],

@@ -32,6 +32,7 @@ class Override:
         self.name = name
         self.handler = handler
         self.had = name in vars(owner)
+        self.own = self.had or not hasattr(type(owner), name)  # the latter: a proxy's
         self.original: Callable[..., Any] = getattr(owner, name)
         self._owner = weakref.ref(owner)
         self.__name__ = name
@@ -57,17 +58,17 @@ class Override:
 
     def plain(self, owner: Any) -> Any:
         """The method as it would be on ``owner`` without us."""
-        if owner is None or self.had:
+        if owner is None or self.own:
             return self.original
         return getattr(type(owner), self.name).__get__(owner)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        if self.had:
+        if self.own:
             return copy.deepcopy(self.original, memo)
         return self.plain(memo.get(id(self.owner)))
 
     def __reduce__(self) -> Any:
-        if self.had:
+        if self.own:
             return copy.copy, (self.original,)
         return getattr, (self.owner, self.name)
 
@@ -125,21 +126,29 @@ class Ledger:
         self._undo: dict[Callable[[], str | None], weakref.ref[Any] | None] = {}
         self.taken_out: list[str] = []
 
-    def override(self, override: Override) -> None:
-        owner = override.owner
-        vars(owner)[override.name] = override
-        self.note(lambda: self._restore(override))
+    def override(self, override: Override, owner: Any = None) -> None:
+        vars(override.owner)[override.name] = override
+        self.note(lambda: self._restore(override), owner)
 
     def seam(self, seam: Seam) -> None:
         self.override(seam)
         self.override(_Replicate(seam.owner))
 
     def overhear(self, owner: Any, told: dict[str, Told]) -> None:
-        """Call ``told[name]`` after ``owner.<name>``, also where that is the object's own."""
-        own = [name for name in told if name in vars(owner)]
+        """Call ``told[name]`` after ``owner.<name>``, also where that is the object's own, or its
+        class lacks it (a proxy) or allows no subclass. A TypeError where nothing can be heard."""
+        own = [n for n in told if n in vars(owner) or not hasattr(type(owner), n)]
+        try:
+            undo = overhear(owner, {name: told[name] for name in told if name not in own})
+        except Exception:  # whatever the class's own `__init_subclass__` raises
+            own = list(told)
+        else:
+            self.note(undo, owner)
         for name in own:
-            self.override(Override(owner, name, _after(told[name])))
-        self.note(overhear(owner, {name: told[name] for name in told if name not in own}), owner)
+            self.override(Override(owner, name, _after(told[name])), owner)
+
+    def hears(self, owner: Any) -> bool:
+        return any(known is not None and known() is owner for known in list(self._undo.values()))
 
     def note(self, undo: Callable[[], str | None], owner: Any = None) -> None:
         """Record an undo function; it returns None, or the name of what it could not undo. It is
@@ -179,7 +188,8 @@ class Ledger:
             elif getattr(value, "__wrapped__", None) is override:
                 _unwrap(value, override, plain)
         if wrapped and (
-            found is None or found == getattr(type(owner), override.name).__get__(owner)
+            found is None
+            or found == getattr(type(owner), override.name, override.original).__get__(owner)
         ):
             self.taken_out.append(name)
             return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -79,7 +78,6 @@ class Session:
         self._reach: dict[Site, Any] = {}
         self._trains = bool(policies) and all(policy.trains for policy in policies)
         self.scheduler: Any = None
-        self.followed: weakref.WeakSet[Any] = weakref.WeakSet()
         self.pipeline: Callable[[], Any] = lambda: None
         self.private_key: str | None = None
 

@@ -276,6 +276,74 @@ def test_a_scheduler_for_each_request_leaves_nothing():
     assert type(pipe.scheduler) is EulerDiscreteScheduler
 
 
+class Proxy:
+    """Delegates to a scheduler."""
+
+    def __init__(self, inner):
+        self.__dict__["inner"] = inner
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.__dict__["inner"], name)
+
+
+class Slotted:
+    __slots__ = ("inner",)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+
+class Unhashable(DDIMScheduler):
+    def __eq__(self, other):
+        return self is other
+
+
+class Final(DDIMScheduler):
+    def __init_subclass__(cls):
+        raise ValueError("final")
+
+
+@pytest.mark.parametrize("kind", [Proxy, Slotted, Unhashable, Final])
+def test_a_scheduler_of_an_unusual_class(kind):
+    pipe = pipeline(StableDiffusionPipeline, DDIMScheduler(**PLAIN))
+    plain = DDIMScheduler(**PLAIN)
+    pipe.scheduler = kind(plain) if kind in (Proxy, Slotted) else kind(**PLAIN)
+    wanted = generate(pipe, 8)
+    with ah.enable(pipe, CADENCE) as session:
+        generate(pipe, 8)
+        slotted = kind is Slotted
+        assert session.tally.signals() == {"timestep" if slotted else "scheduler": 1}
+        assert ("Slotted cannot be heard" in str(session.report())) is slotted
+        if kind is Proxy:
+            run = session.schedules.current.get().run
+            for by in (copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))):
+                other = by(pipe.scheduler)
+                other.set_timesteps(5)
+                assert (len(other.timesteps), len(plain.timesteps)) == (5, 8)
+            assert session.schedules.current.get().run is run
+    assert type(pipe.scheduler) is kind
+    assert slotted or not {"step", "set_timesteps"} & vars(pipe.scheduler).keys()
+    assert torch.equal(generate(pipe, 8), wanted)
+
+
+class Reduced(DDIMScheduler):
+    def __reduce__(self):
+        return Reduced.from_config, (dict(self.config),)
+
+
+@pytest.mark.parametrize("by", [copy.copy, copy.deepcopy])
+def test_a_scheduler_that_says_how_it_is_copied(by):
+    pipe = pipeline(StableDiffusionPipeline, Reduced(**PLAIN))
+    with ah.enable(pipe, Look()):
+        other = by(pipe.scheduler)
+    assert type(other) is Reduced and other.config == pipe.scheduler.config
+
+
 # -- several pipelines, other models --------------------------------------------------------------
 
 
