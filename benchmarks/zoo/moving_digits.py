@@ -77,7 +77,7 @@ TRANSFORMER_CONFIG: dict[str, Any] = {
     "num_layers": 6,
     "rope_max_seq_len": 32,
 }
-SCHEDULER_CONFIG: dict[str, Any] = {"num_train_timesteps": 1000, "shift": 6.0}
+SCHEDULER_CONFIG: dict[str, Any] = {"num_train_timesteps": 1000, "shift": 10.0}
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ SAVE_EVERY = 100
 
 SAMPLES = 100
 FIRST_SEED = 1000
-STEPS, GUIDANCE = 30, 2.0
+STEPS, GUIDANCE = 30, 4.0  # chosen, with the shift, on ten clips of other seeds (2000 on)
 CLASSIFIER_STEPS = 1500
 
 
