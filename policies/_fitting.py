@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,7 @@ from accelerate_hooks.artifact import Artifact
 from accelerate_hooks.enable import enable
 from accelerate_hooks.errors import SpecError, UnsupportedModelError
 from accelerate_hooks.opaque import opaque_functions
-from accelerate_hooks.policies._evolving import acceptance, evolve, gives_logits
+from accelerate_hooks.policies._evolving import acceptance, evolve
 from accelerate_hooks.policies._hull import split
 from accelerate_hooks.policies._pruning import Layer, mixtures
 from accelerate_hooks.policies._routers import chosen
@@ -66,9 +67,12 @@ def fit_rule(policy: Any, model: nn.Module, data: Any, target: float | None, pro
     }
     tried = {way: tuple(values[p] for p in places) for way, places in ways.items()}
     accepted: dict[str, float] = {}
-    if data is not None and gives_logits(model, data[0]):
-        fitness = acceptance(model, lambda plan: replace(policy, **{rule: plan}), data)
-        accepted = {way: fitness(numbers) for way, numbers in tried.items()}
+    if data is not None:
+        fitness = None
+        with contextlib.suppress(UnsupportedModelError):  # there are no logits
+            fitness = acceptance(model, lambda plan: replace(policy, **{rule: plan}), data)
+        if fitness is not None:
+            accepted = {way: fitness(numbers) for way, numbers in tried.items()}
     best = max(accepted, key=lambda way: accepted[way]) if accepted else "split"
     kept = [cost[p] for cost, p in zip(costs, ways[best], strict=True)]
     artifact = Artifact.create(
