@@ -53,7 +53,7 @@ class _Hiding(TorchFunctionMode):
         )
 
     def _hide(self, value: Tensor) -> Tensor:
-        return value.masked_fill(self.hidden.to(value.device), float("-inf"))
+        return value.masked_fill(self.hidden, float("-inf"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +69,10 @@ class Plan:
     place: Tensor | None = None
     mix: Tensor | None = None
 
+    def to(self, device: torch.device) -> Plan:
+        place, mix = (None if t is None else t.to(device) for t in (self.place, self.mix))
+        return Plan(self.hidden.to(device), place, mix)
+
 
 @uncompiled
 def route(call: Call, plan: Plan) -> Any:
@@ -76,6 +80,8 @@ def route(call: Call, plan: Plan) -> Any:
 
     Raises UnsupportedModelError at the first visit if it does not obey.
     """
+    told, device = plan, call.x.device
+    plan = call.known(lambda: told.to(device), f"plan on {device}")  # no copy a visit
     with _Hiding(plan.hidden):
         out = call.proceed()
     if plan.mix is not None:
@@ -88,8 +94,7 @@ def route(call: Call, plan: Plan) -> Any:
         )
     if plan.place is None or at is None:
         return out
-    place = plan.place.to(out[at].device)
-    return _put(out, {at: place[out[at]].to(out[at].dtype)})
+    return _put(out, {at: plan.place[out[at]].to(out[at].dtype)})
 
 
 def _indices(out: Any) -> int | None:
@@ -120,7 +125,7 @@ def _obeys(call: Call, out: Any, at: int | None, plan: Plan) -> bool:
     if at is None:  # logits alone are hidden already, but cannot be given other numbers
         hides = isinstance(out, Tensor) and out.shape[-1] == len(plan.hidden)
         return hides and plan.place is None
-    wrong = plan.hidden.to(out[at].device)[out[at]].any()
+    wrong = plan.hidden[out[at]].any()
     return not call.read(wrong.float())[0]
 
 
@@ -141,7 +146,7 @@ def _mixed(call: Call, out: Any, mix: Tensor) -> Any:
             "logits, weights and indices; matrices that merge experts need a router that does"
         )
     before = out[weights[0]]
-    share = out[logits[0]].float().softmax(-1) @ mix.to(before.device, torch.float32).mT
+    share = out[logits[0]].float().softmax(-1) @ mix.float().mT
     top = share.topk(before.shape[-1], dim=-1)
     total = before.float().sum(-1, keepdim=True)
     new = top.values * (total / top.values.sum(-1, keepdim=True))
