@@ -4,9 +4,9 @@
 
 One layer (hidden 2,048, width 768, 128 experts, 8 a token; random weights): `skip_experts` with 8,
 6, 4 and 2 of the slots kept, transformers' `grouped_mm`, `batched_mm` and `eager` on all 8, in one
-process, interleaved. Decoding is bound by the bytes of the experts that are touched, prefill by the
-slots kept: `of_proportional` is time(8) x kept / 8 over time(kept), 1 where skipped slots cost
-nothing.
+process, interleaved. Decoding (1 to 64 tokens) is bound by the bytes of the experts that are
+touched, prefill by the slots kept: `of_proportional` is time(8) x share / time(kept), where share
+is that of the experts touched or of the slots; 1 where skipped slots cost nothing.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from accelerate_hooks.kernels import FALLBACKS, skip_experts
 RESULTS = Path(__file__).parent / "results"
 HIDDEN, WIDTH, EXPERTS, TOP = 2048, 768, 128, 8
 KEPT = (8, 6, 4, 2)
+DECODE, PREFILL = (1, 4, 64), (512, 2048)
 MAX_SPREAD = 0.15
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -110,7 +111,7 @@ def point(module: Qwen3MoeExperts, tokens: int, rounds: int) -> dict[str, Any]:
         "of_proportional": {
             kept: round(
                 whole
-                * (touched[kept] / touched[TOP] if tokens <= 4 else kept / TOP)
+                * (touched[kept] / touched[TOP] if tokens in DECODE else kept / TOP)
                 / medians[f"ours, {kept} of {TOP}"],
                 3,
             )
@@ -135,8 +136,8 @@ def main() -> None:
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
         module = layer(dtype)
-        for tokens in tqdm((1, 4, 64, 512), desc=str(dtype)):
-            rounds = options.rounds if tokens <= 4 else max(3, options.rounds // 3)
+        for tokens in tqdm((*DECODE, *PREFILL), desc=str(dtype)):
+            rounds = options.rounds if tokens in DECODE else max(3, options.rounds // 3)
             for _ in range(3):  # a neighbour's noise passes
                 row = point(module, tokens, rounds)
                 if row["iqr"] <= MAX_SPREAD:

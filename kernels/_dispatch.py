@@ -6,6 +6,8 @@ import functools
 import importlib.util
 import os
 from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -14,6 +16,23 @@ from accelerate_hooks.kernels import _native as native
 CHOICES = ("auto", "torch", "triton")
 FALLBACKS: Counter[tuple[str, str]] = Counter()
 """How often Triton or C could not take what it was given, by (op, reason)."""
+
+
+_LIBRARY = torch.library.Library("accelerate_hooks", "FRAGMENT")
+
+
+def operator(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """``torch.ops.accelerate_hooks.<name>`` runs the function, on any device; its annotations are
+    the schema. (`torch.library.custom_op` does the same with a check of every argument at each
+    call: 0.1 ms where caches are cold, as between two layers of a model.)"""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        schema = torch.library.infer_schema(function, mutates_args=())
+        _LIBRARY.define(f"{name}{schema}")
+        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        return function
+
+    return register
 
 
 class KernelError(ValueError):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from accelerate_hooks.kernels import _native as native
-from accelerate_hooks.kernels._dispatch import require, use_native, use_triton
+from accelerate_hooks.kernels._dispatch import operator, require, use_native, use_triton
 
 BlockMask = Tensor | tuple[Tensor, Tensor]
 _LOG2E = 1.4426950408889634
@@ -148,7 +148,7 @@ def reference(
     return (weights @ v).to(q.dtype), lse if with_lse else lse[:, :, :0].clone()
 
 
-@torch.library.custom_op("accelerate_hooks::block_sparse_attention", mutates_args=())
+@operator("block_sparse_attention")
 def _op(
     q: Tensor, k: Tensor, v: Tensor, counts: Tensor, indices: Tensor,
     key_mask: Tensor | None, block_q: int, block_k: int, is_causal: bool, scale: float,
@@ -173,7 +173,7 @@ def _op(
     return reference(*given, with_lse)
 
 
-@_op.register_fake
+@torch.library.register_fake("accelerate_hooks::block_sparse_attention")
 def _(
     q: Tensor, k: Tensor, v: Tensor, counts: Tensor, indices: Tensor,
     key_mask: Tensor | None, block_q: int, block_k: int, is_causal: bool, scale: float,

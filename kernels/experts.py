@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from accelerate_hooks.kernels import _native as native
-from accelerate_hooks.kernels._dispatch import require, use_native, use_triton
+from accelerate_hooks.kernels._dispatch import operator, require, use_native, use_triton
 
 Act = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped_swiglu"]
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-FEW = 8
-"""Up to so many tokens an expert its matrices are streamed; beyond, products have enough to do."""
+FEW = {torch.float32: 24, torch.bfloat16: 5}
+"""Up to so many tokens an expert its matrices are streamed; beyond, products are faster."""
 
 
 def skip_experts(
@@ -90,7 +90,7 @@ def reference(
     return out.to(hidden.dtype)
 
 
-@torch.library.custom_op("accelerate_hooks::skip_experts", mutates_args=())
+@operator("skip_experts")
 def _op(
     hidden: Tensor, indices: Tensor, weights: Tensor, up: Tensor, down: Tensor,
     up_bias: Tensor | None, down_bias: Tensor | None, act: str, gated: bool, transposed: bool,
@@ -101,10 +101,16 @@ def _op(
         from accelerate_hooks.kernels._experts_triton import launch
 
         return launch(*given)
+    if hidden.device.type == "cpu" and use_native(
+        "skip_experts", "_experts", _unfit(up, down, up_bias, down_bias)
+    ):
+        out = streamed(*given)
+        if out is not None:
+            return out
     return grouped(*given)
 
 
-@_op.register_fake
+@torch.library.register_fake("accelerate_hooks::skip_experts")
 def _(
     hidden: Tensor, indices: Tensor, weights: Tensor, up: Tensor, down: Tensor,
     up_bias: Tensor | None, down_bias: Tensor | None, act: str, gated: bool, transposed: bool,
@@ -116,31 +122,23 @@ def grouped(
     hidden: Tensor, indices: Tensor, weights: Tensor, up: Tensor, down: Tensor,
     up_bias: Tensor | None, down_bias: Tensor | None, act: str, gated: bool, transposed: bool,
 ) -> Tensor:  # fmt: skip
-    """Slots sorted by expert: a stream through the matrices of each for few tokens (on a CPU, in
-    C), a product for many."""
+    """Slots sorted by expert, and a product for each expert."""
     experts = len(up)
     kept = (weights != 0) & (indices >= 0) & (indices < experts)
     token, slot = kept.nonzero().unbind(1)
     expert, order = indices[token, slot].sort(stable=True)
     token, slot = token[order], slot[order]
-    x = hidden.index_select(0, token)
     touched, counts = expert.unique_consecutive(return_counts=True)
-    if _streams(hidden, up, down, len(token), len(touched)):
-        features = _stream(x.float(), up, touched, counts, transposed)
+    x, sizes = hidden.index_select(0, token), counts.tolist()
+    y = hidden.new_empty(len(token), hidden.shape[1])
+    parts = zip(touched.tolist(), x.split(sizes), y.split(sizes), strict=True)
+    for e, some, place in parts:
+        first, second = (m[e] if transposed else m[e].mT for m in (up, down))
+        features = some @ first
         if up_bias is not None:
-            features += up_bias[expert]
-        y = _stream(activate(features, act, gated), down, touched, counts, transposed)
-    else:
-        y = hidden.new_empty(len(token), hidden.shape[1])
-        sizes = counts.tolist()
-        parts = zip(touched.tolist(), x.split(sizes), y.split(sizes), strict=True)
-        for e, some, place in parts:
-            first, second = (m[e] if transposed else m[e].mT for m in (up, down))
-            features = some @ first
-            if up_bias is not None:
-                features += up_bias[e]
-            torch.mm(activate(features, act, gated), second, out=place)
-        y = y.float()
+            features += up_bias[e]
+        torch.mm(activate(features, act, gated), second, out=place)
+    y = y.float()
     if down_bias is not None:
         y += down_bias[expert]
     y *= weights[token, slot].float().unsqueeze(1)
@@ -148,45 +146,66 @@ def grouped(
     return out.index_add_(0, token, y).to(hidden.dtype)
 
 
-def _streams(hidden: Tensor, up: Tensor, down: Tensor, slots: int, touched: int) -> bool:
-    if hidden.device.type != "cpu" or slots == 0 or slots > FEW * touched:
-        return False
-    return use_native("skip_experts", "_experts", _unfit(up) or _unfit(down))
-
-
-def _unfit(weight: Tensor) -> str | None:
-    """Why C cannot take this, or None."""
-    if weight.dtype not in (torch.float32, torch.bfloat16):
-        return f"dtype {weight.dtype}"
-    if any(size % 16 for size in weight.shape[1:]):
-        return f"matrices of {weight.shape[1]} x {weight.shape[2]} (multiples of 16)"
-    return None if weight.is_contiguous() else "matrices that are not contiguous"
-
-
 class _Problem(ctypes.Structure):
     """`Problem` of `_experts.c`."""
 
     _fields_: ClassVar = [
-        *((name, ctypes.c_void_p) for name in ("x", "weight", "expert", "start", "y")),
-        *((name, ctypes.c_int64) for name in ("touched", "inputs", "outputs")),
-        *((name, ctypes.c_int64) for name in ("transposed", "is_bf16", "next")),
+        *((name, ctypes.c_void_p) for name in ("hidden", "indices", "weights", "up", "down")),
+        *((name, ctypes.c_void_p) for name in ("up_bias", "down_bias", "out", "expert", "start")),
+        *((name, ctypes.c_void_p) for name in ("token", "weight", "wide", "sum", "inside")),
+        *((name, ctypes.c_int64) for name in ("tokens", "k", "experts", "width", "inner")),
+        *((name, ctypes.c_int64) for name in ("features", "act", "gated", "transposed")),
+        *((name, ctypes.c_int64) for name in ("is_bf16", "touched", "next", "done")),
     ]
 
 
-def _stream(x: Tensor, weight: Tensor, touched: Tensor, counts: Tensor, transposed: bool) -> Tensor:
-    """``y[slot] = W_e x[slot]`` for the slots of each touched expert, float32."""
-    outputs, inputs = weight.shape[2 if transposed else 1], weight.shape[1 if transposed else 2]
-    y = torch.empty(len(x), outputs, dtype=torch.float32)
-    x = x.contiguous()
-    start = F.pad(counts.cumsum(0), (1, 0)).int()
-    expert = touched.int()
+def streamed(
+    hidden: Tensor, indices: Tensor, weights: Tensor, up: Tensor, down: Tensor,
+    up_bias: Tensor | None, down_bias: Tensor | None, act: str, gated: bool, transposed: bool,
+) -> Tensor | None:  # fmt: skip
+    """The matrices of each expert that is touched read once, in C on every thread; None where its
+    tokens are so many that a product is faster."""
+    lib = native.library("_experts")
+    (tokens, width), k, experts = hidden.shape, indices.shape[1], len(up)
+    inner = down.shape[1 if transposed else 2]
+    hidden, indices = hidden.contiguous(), indices.long().contiguous()
+    weights = weights.to(torch.float32).contiguous()
+    scratch = torch.empty(2 * (experts + 1) + 2 * tokens * k, dtype=torch.int32)
+    expert, start, token, weight = (scratch.data_ptr() + 4 * at for at in (
+        0, experts, 2 * experts + 1, 2 * experts + 1 + tokens * k))  # fmt: skip
     problem = _Problem(
-        x=x.data_ptr(), weight=weight.data_ptr(), expert=expert.data_ptr(), start=start.data_ptr(),
-        y=y.data_ptr(), touched=len(touched), inputs=inputs, outputs=outputs,
-        transposed=transposed, is_bf16=weight.dtype == torch.bfloat16,
+        hidden=hidden.data_ptr(), indices=indices.data_ptr(), weights=weights.data_ptr(),
+        up=up.data_ptr(), down=down.data_ptr(),
+        up_bias=None if up_bias is None else up_bias.data_ptr(),
+        down_bias=None if down_bias is None else down_bias.data_ptr(),
+        expert=expert, start=start, token=token, weight=weight,
+        tokens=tokens, k=k, experts=experts, width=width, inner=inner,
+        features=inner * (2 if gated or act == "clamped_swiglu" else 1),
+        act=get_args(Act).index(act), gated=gated, transposed=transposed,
+        is_bf16=up.dtype == torch.bfloat16,
     )  # fmt: skip
-    native.on_every_thread(native.library("_experts").experts, problem)
-    return y
+    slots = lib.plan(ctypes.byref(problem))
+    if slots > FEW[up.dtype] * problem.touched:
+        return None
+    out, wide = torch.empty_like(hidden), hidden.float()
+    total = out if out.dtype == torch.float32 else torch.empty_like(wide)
+    inside = torch.empty(slots, inner, dtype=torch.float32)
+    problem.out, problem.wide = out.data_ptr(), wide.data_ptr()
+    problem.sum, problem.inside = total.data_ptr(), inside.data_ptr()
+    native.on_every_thread(lib.experts, problem)
+    return out
+
+
+def _unfit(up: Tensor, down: Tensor, *biases: Tensor | None) -> str | None:
+    """Why C cannot take these, or None."""
+    if up.dtype not in FEW:
+        return f"dtype {up.dtype}"
+    if any(bias is not None and bias.dtype != up.dtype for bias in biases):
+        return "biases of another dtype"
+    if any(size % 16 for weight in (up, down) for size in weight.shape[1:]):
+        return "matrices whose sizes are no multiples of 16"
+    given = (up, down, *(bias for bias in biases if bias is not None))
+    return None if all(t.is_contiguous() for t in given) else "matrices that are not contiguous"
 
 
 def _check(

@@ -2,6 +2,7 @@
 
 import functools
 from typing import get_args
+from unittest import mock
 
 import pytest
 import torch
@@ -68,20 +69,32 @@ def test_the_reference_is_the_formula(drawn):
     assert torch.allclose(experts.reference(*exact), wanted, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("few", [0, 1000], ids=["products", "streams"])
-@given(drawn=mixtures())
-def test_both_paths_agree(few, drawn):
-    kept, experts.FEW = experts.FEW, few
-    try:
-        agree(experts.grouped(*drawn), drawn)
-    finally:
-        experts.FEW = kept
+@given(mixtures(widths=(5, 16, 80)))
+def test_products_agree(drawn):
+    agree(experts.grouped(*drawn), drawn)
+
+
+@given(mixtures(widths=(16, 32, 80, 208), dtypes=(torch.float32, torch.bfloat16)))
+def test_streams_agree(drawn):
+    with mock.patch.dict(experts.FEW, dict.fromkeys(experts.FEW, 1000)):
+        agree(experts.streamed(*drawn), drawn)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("act", get_args(experts.Act))
+def test_streams_hide_no_nan(act, bad):
+    hidden, indices, weights, up, down = example()
+    hidden[1, 3] = bad
+    given_ = (hidden, indices, weights, up, down[..., :32], None, None, act, True, False)
+    got, wanted = experts.streamed(*given_), experts.grouped(*given_)
+    assert torch.equal(got.isfinite(), wanted.isfinite()) and not got[1].isfinite().all()
 
 
 @given(mixtures(widths=(5, 24)))
 @settings(max_examples=30)
 def test_any_width_is_taken(drawn):
-    agree(experts.grouped(*drawn), drawn)
+    agree(skip_experts(*drawn[:5], up_bias=drawn[5], down_bias=drawn[6], act=drawn[7],
+                       gated=drawn[8], transposed=drawn[9]), drawn)  # fmt: skip
 
 
 @pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1 (make test sets it)")
@@ -166,8 +179,8 @@ def test_compiles_as_one_graph():
 def test_without_a_compiler_it_agrees(monkeypatch):
     monkeypatch.setenv("CC", "no-such-compiler")
     monkeypatch.setattr(_native, "_build", functools.cache(_native._build.__wrapped__))
-    given_ = (*example(), None, None, "silu", True, False)
-    agree(experts.grouped(*given_), given_)
+    given_ = example()
+    agree(skip_experts(*given_), (*given_, None, None, "silu", True, False))
 
 
 @pytest.mark.parametrize(
