@@ -4,7 +4,8 @@
    any number of threads may run the same problem: first chunks of the inner features of an expert,
    activated, for all tokens that go to it; then chunks of the output, over all experts. The time is
    that of reading the matrices of the experts that are touched. Sums are float32; tokens, matrices
-   and biases are float32 or bfloat16. */
+   and biases are float32 or bfloat16. Inputs of a product are float32, or bfloat16 too where the
+   CPU multiplies that (`reads_bf16`). */
 
 #include <math.h>
 #include <sched.h>
@@ -13,19 +14,29 @@
 
 #if defined(__AVX512F__)
 #define LANES 16
-#define TOKENS 8 /* tokens a pass over a matrix: as many as the registers hold sums for */
-#elif defined(__AVX__)
+#define TOKENS 6 /* tokens a pass over a matrix: as many as registers hold sums for */
+#define EACH(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5)
+#else
+#if defined(__AVX__)
 #define LANES 8
-#define TOKENS 4
 #else
 #define LANES 4
-#define TOKENS 4
+#endif
+#define TOKENS 2
+#define EACH(DO) DO(0) DO(1)
+#endif
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+const int reads_bf16 = 1;
+#else
+const int reads_bf16 = 0;
 #endif
 #define INNER 64   /* inner features a job */
 #define OUTER 32   /* outputs a job */
 #define ROW (2 * INNER)
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
+typedef float quad __attribute__((vector_size(16)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 
@@ -42,9 +53,9 @@ typedef struct {
     int32_t *start;         /* [experts + 1]: their slots */
     int32_t *token;         /* [tokens * k]: whose a slot is */
     float *weight;          /* [tokens * k] */
-    float *wide;            /* [tokens, width]: hidden in float32 */
+    const void *inputs;     /* [tokens, width]: hidden as products take it */
     float *sum;             /* [tokens, width]: out itself where that is float32 */
-    float *inside;          /* [slots, inner]: activated features */
+    void *inside;           /* [slots, inner]: activated features, likewise */
     int64_t tokens, k, experts, width, inner, features; /* multiples of 16 */
     int64_t act, gated, transposed, is_bf16;
     int64_t touched, next, done;
@@ -94,6 +105,11 @@ static inline uint16_t to_bf16(float x) { /* to the nearest, ties to even */
     return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
+/* Element `i` of a product's inputs. */
+static inline void *at(const void *inputs, int64_t i, int is_bf16) {
+    return (char *)inputs + i * (is_bf16 && reads_bf16 ? sizeof(uint16_t) : sizeof(float));
+}
+
 static inline floats load(const void *from, int64_t at, int is_bf16) {
     if (is_bf16) {
         halves h;
@@ -105,49 +121,91 @@ static inline floats load(const void *from, int64_t at, int is_bf16) {
     return x;
 }
 
-static inline floats from(const float *p) {
-    floats x;
-    memcpy(&x, p, sizeof x);
-    return x;
+static inline float total(floats x) {
+    quad part[LANES / 4];
+    memcpy(part, &x, sizeof x);
+    for (int j = 1; j < LANES / 4; j++) part[0] += part[j];
+    return part[0][0] + part[0][1] + (part[0][2] + part[0][3]);
 }
 
-/* y[r][o] = row (first + o) of W times x[r], for `tokens` vectors and `count` rows. */
+/* Part of a row or of an input, from element i on, and its products added to a sum: 16-bit numbers
+   as they are where the CPU multiplies those. */
+#if defined(__AVX512BF16__)
+#define STEP(is_bf16) ((is_bf16) ? 2 * LANES : LANES)
+typedef __m512i vector;
+
+static inline vector take(const void *from, int64_t i, int64_t left, int is_bf16) {
+    if (!is_bf16) return _mm512_loadu_si512((const float *)from + i);
+    return _mm512_maskz_loadu_epi16(left < 32 ? 0xffff : ~0u, (const uint16_t *)from + i);
+}
+
+static inline floats add(floats sum, vector w, vector x, int is_bf16) {
+    if (!is_bf16) return sum + (floats)w * (floats)x;
+    return (floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x);
+}
+#else
+#define STEP(is_bf16) LANES
+typedef floats vector;
+
+static inline vector take(const void *from, int64_t i, int64_t left, int is_bf16) {
+    (void)left;
+    return load(from, i, is_bf16);
+}
+
+static inline floats add(floats sum, vector w, vector x, int is_bf16) {
+    (void)is_bf16;
+    return sum + w * x;
+}
+#endif
+
+/* y[r][o] = row (first + o) of W times x[r], for `tokens` vectors and `count` rows, four at a time.
+   Sums have names, since gcc keeps an array of them in memory. */
 static inline __attribute__((always_inline)) void by_rows(
     const void *matrix, int64_t base, int64_t inputs, int64_t first, int64_t count,
-    const float *const *x, int tokens, float (*y)[ROW], int is_bf16) {
-    for (int64_t o = 0; o < count; o++) {
-        floats sum[TOKENS][2] = {0};
-        int64_t row = base + (first + o) * inputs, i = 0;
-        for (; i + 2 * LANES <= inputs; i += 2 * LANES) {
-            floats a = load(matrix, row + i, is_bf16);
-            floats b = load(matrix, row + i + LANES, is_bf16);
-            for (int r = 0; r < tokens; r++) {
-                sum[r][0] += a * from(x[r] + i);
-                sum[r][1] += b * from(x[r] + i + LANES);
-            }
+    const void *const *x, int tokens, float (*y)[ROW], int is_bf16) {
+    int64_t size = is_bf16 ? sizeof(uint16_t) : sizeof(float), row = inputs * size;
+    for (int64_t o = 0; o < count; o += 4) {
+        const char *w = (const char *)matrix + base * size + (first + o) * row;
+#define START(r) floats a##r = {0}, b##r = {0}, c##r = {0}, d##r = {0};
+#define ADD(r)                                        \
+    if (r < tokens) {                                 \
+        vector v = take(x[r], i, inputs - i, is_bf16 && reads_bf16); \
+        a##r = add(a##r, wa, v, is_bf16);             \
+        b##r = add(b##r, wb, v, is_bf16);             \
+        c##r = add(c##r, wc, v, is_bf16);             \
+        d##r = add(d##r, wd, v, is_bf16);             \
+    }
+#define END(r)                       \
+    if (r < tokens) {                \
+        y[r][o] = total(a##r);       \
+        y[r][o + 1] = total(b##r);   \
+        y[r][o + 2] = total(c##r);   \
+        y[r][o + 3] = total(d##r);   \
+    }
+        EACH(START)
+        for (int64_t i = 0; i < inputs; i += STEP(is_bf16)) {
+            vector wa = take(w, i, inputs - i, is_bf16);
+            vector wb = take(w + row, i, inputs - i, is_bf16);
+            vector wc = take(w + 2 * row, i, inputs - i, is_bf16);
+            vector wd = take(w + 3 * row, i, inputs - i, is_bf16);
+            EACH(ADD)
         }
-        for (; i < inputs; i += LANES)
-            for (int r = 0; r < tokens; r++)
-                sum[r][0] += load(matrix, row + i, is_bf16) * from(x[r] + i);
-        for (int r = 0; r < tokens; r++) {
-            floats both = sum[r][0] + sum[r][1];
-            float total = 0.0f;
-            for (int j = 0; j < LANES; j++) total += both[j];
-            y[r][o] = total;
-        }
+        EACH(END)
     }
 }
 
 /* The same where features are columns. */
 static inline __attribute__((always_inline)) void by_columns(
     const void *matrix, int64_t base, int64_t inputs, int64_t outputs, int64_t first,
-    int64_t count, const float *const *x, int tokens, float (*y)[ROW], int is_bf16) {
+    int64_t count, const void *const *x, int tokens, float (*y)[ROW], int is_bf16) {
     for (int r = 0; r < tokens; r++) {
         floats sum[ROW / LANES] = {0};
         for (int64_t i = 0; i < inputs; i++) {
             int64_t row = base + i * outputs + first;
             for (int j = 0; j < ROW / LANES; j++)
-                if (j * LANES < count) sum[j] += x[r][i] * load(matrix, row + j * LANES, is_bf16);
+                if (j * LANES < count)
+                    sum[j] += to_float(x[r], i, is_bf16 && reads_bf16) *
+                              load(matrix, row + j * LANES, is_bf16);
         }
         for (int j = 0; j < ROW / LANES; j++)
             if (j * LANES < count) memcpy(y[r] + j * LANES, &sum[j], sizeof sum[j]);
@@ -156,18 +214,17 @@ static inline __attribute__((always_inline)) void by_columns(
 
 static inline __attribute__((always_inline)) void multiply(
     const void *matrix, int64_t expert, int64_t inputs, int64_t outputs, int64_t first,
-    int64_t count, const float *const *x, int tokens, float (*y)[ROW], int transposed,
+    int64_t count, const void *const *x, int tokens, float (*y)[ROW], int transposed,
     int is_bf16) {
     int64_t base = expert * inputs * outputs;
     if (transposed)
         return by_columns(matrix, base, inputs, outputs, first, count, x, tokens, y, is_bf16);
     switch (tokens) { /* known when compiled: the sums stay in registers */
-#define CASE(n) \
-    case n: by_rows(matrix, base, inputs, first, count, x, n, y, is_bf16); break;
-        CASE(1) CASE(2) CASE(3) CASE(4)
-#if TOKENS == 8
-        CASE(5) CASE(6) CASE(7) CASE(8)
-#endif
+#define CASE(r)                                                                       \
+    case r + 1:                                                                       \
+        by_rows(matrix, base, inputs, first, count, x, r + 1, y, is_bf16);            \
+        break;
+        EACH(CASE)
 #undef CASE
     }
 }
@@ -194,8 +251,8 @@ static inline __attribute__((always_inline)) void into(
     float y[TOKENS][ROW], gate[TOKENS][ROW];
     for (int64_t tokens; slot < end; slot += tokens) {
         tokens = end - slot < TOKENS ? end - slot : TOKENS;
-        const float *x[TOKENS];
-        for (int r = 0; r < tokens; r++) x[r] = t->wide + t->token[slot + r] * t->width;
+        const void *x[TOKENS];
+        for (int r = 0; r < tokens; r++) x[r] = at(t->inputs, t->token[slot + r] * t->width, is_bf16);
         int64_t start = interleaved ? 2 * first : first, rows = interleaved ? 2 * count : count;
         multiply(t->up, expert, t->width, t->features, start, rows, x, tokens, gate,
                  t->transposed, is_bf16);
@@ -203,7 +260,7 @@ static inline __attribute__((always_inline)) void into(
             multiply(t->up, expert, t->width, t->features, t->inner + first, count, x, tokens, y,
                      t->transposed, is_bf16);
         for (int r = 0; r < tokens; r++) {
-            float *inside = t->inside + (slot + r) * t->inner + first;
+            float inside[INNER];
             if (t->up_bias) {
                 int64_t bias = expert * t->features + start;
                 for (int64_t o = 0; o < rows; o++)
@@ -220,6 +277,12 @@ static inline __attribute__((always_inline)) void into(
                 } else {
                     inside[o] = activate(gate[r][o], t->act) * (split ? y[r][o] : 1.0f);
                 }
+            void *to = at(t->inside, (slot + r) * t->inner + first, is_bf16);
+            for (int64_t o = 0; o < count; o++)
+                if (is_bf16 && reads_bf16)
+                    ((uint16_t *)to)[o] = to_bf16(inside[o]);
+                else
+                    ((float *)to)[o] = inside[o];
         }
     }
 }
@@ -234,8 +297,8 @@ static inline __attribute__((always_inline)) void out_of(
         int64_t expert = t->expert[number], slot = t->start[number], end = t->start[number + 1];
         for (int64_t tokens; slot < end; slot += tokens) {
             tokens = end - slot < TOKENS ? end - slot : TOKENS;
-            const float *x[TOKENS];
-            for (int r = 0; r < tokens; r++) x[r] = t->inside + (slot + r) * t->inner;
+            const void *x[TOKENS];
+            for (int r = 0; r < tokens; r++) x[r] = at(t->inside, (slot + r) * t->inner, is_bf16);
             multiply(t->down, expert, t->inner, t->width, first, count, x, tokens, y,
                      t->transposed, is_bf16);
             for (int r = 0; r < tokens; r++) {

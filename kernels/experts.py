@@ -152,7 +152,7 @@ class _Problem(ctypes.Structure):
     _fields_: ClassVar = [
         *((name, ctypes.c_void_p) for name in ("hidden", "indices", "weights", "up", "down")),
         *((name, ctypes.c_void_p) for name in ("up_bias", "down_bias", "out", "expert", "start")),
-        *((name, ctypes.c_void_p) for name in ("token", "weight", "wide", "sum", "inside")),
+        *((name, ctypes.c_void_p) for name in ("token", "weight", "inputs", "sum", "inside")),
         *((name, ctypes.c_int64) for name in ("tokens", "k", "experts", "width", "inner")),
         *((name, ctypes.c_int64) for name in ("features", "act", "gated", "transposed")),
         *((name, ctypes.c_int64) for name in ("is_bf16", "touched", "next", "done")),
@@ -187,11 +187,12 @@ def streamed(
     slots = lib.plan(ctypes.byref(problem))
     if slots > FEW[up.dtype] * problem.touched:
         return None
-    out, wide = torch.empty_like(hidden), hidden.float()
-    total = out if out.dtype == torch.float32 else torch.empty_like(wide)
-    inside = torch.empty(slots, inner, dtype=torch.float32)
-    problem.out, problem.wide = out.data_ptr(), wide.data_ptr()
-    problem.sum, problem.inside = total.data_ptr(), inside.data_ptr()
+    out = torch.empty_like(hidden)
+    total = out.float()  # out itself where that is float32
+    inputs = hidden if ctypes.c_int.in_dll(lib, "reads_bf16").value else hidden.float()
+    inside = inputs.new_empty(slots, inner)
+    problem.out, problem.sum = out.data_ptr(), total.data_ptr()
+    problem.inputs, problem.inside = inputs.data_ptr(), inside.data_ptr()
     native.on_every_thread(lib.experts, problem)
     return out
 
