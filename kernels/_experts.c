@@ -32,7 +32,7 @@ const int reads_bf16 = 1;
 const int reads_bf16 = 0;
 #endif
 #define INNER 64   /* inner features a job */
-#define OUTER 32   /* outputs a job */
+#define OUTER 64   /* outputs a job */
 #define ROW (2 * INNER)
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
@@ -128,87 +128,121 @@ static inline float total(floats x) {
     return part[0][0] + part[0][1] + (part[0][2] + part[0][3]);
 }
 
-/* Part of a row or of an input, from element i on, and its products added to a sum: 16-bit numbers
-   as they are where the CPU multiplies those. */
+/* What a step of a product takes: four vectors of weights (`left` is what the matrix still has) and
+   one of inputs. Where the CPU multiplies 16-bit numbers, each lane holds a pair of them. */
 #if defined(__AVX512BF16__)
-#define STEP(is_bf16) ((is_bf16) ? 2 * LANES : LANES)
 typedef __m512i vector;
 
-static inline vector take(const void *from, int64_t i, int64_t left, int is_bf16) {
-    if (!is_bf16) return _mm512_loadu_si512((const float *)from + i);
-    return _mm512_maskz_loadu_epi16(left < 32 ? 0xffff : ~0u, (const uint16_t *)from + i);
+static inline vector part(const void *from, int64_t at, int64_t left, int pairs) {
+    if (!pairs) return left > 0 ? _mm512_loadu_si512((const float *)from + at) : (vector){0};
+    __mmask32 mask = left >= 32 ? ~0u : left > 0 ? 0xffff : 0;
+    return _mm512_maskz_loadu_epi16(mask, (const uint16_t *)from + at);
 }
 
-static inline floats add(floats sum, vector w, vector x, int is_bf16) {
-    if (!is_bf16) return sum + (floats)w * (floats)x;
+static inline void columns(
+    vector *w, const void *from, int64_t at, int64_t outputs, int64_t left, int pairs) {
+    if (!pairs) {
+        for (int j = 0; j < 4; j++) w[j] = part(from, at + 16 * j, left - 16 * j, 0);
+        return;
+    }
+    for (int j = 0; j < 4; j += 2) { /* of two rows */
+        vector even = part(from, at + 16 * j, left - 16 * j, 1);
+        vector odd = part(from, at + outputs + 16 * j, left - 16 * j, 1);
+        w[j] = _mm512_unpacklo_epi16(even, odd);
+        w[j + 1] = _mm512_unpackhi_epi16(even, odd);
+    }
+}
+
+static inline vector spread(const void *from, int64_t at, int pairs) {
+    int32_t pair;
+    memcpy(&pair, (const char *)from + at * (pairs ? 2 : 4), sizeof pair);
+    return _mm512_set1_epi32(pair);
+}
+
+static inline floats add(floats sum, vector w, vector x, int pairs) {
+    if (!pairs) return sum + (floats)w * (floats)x;
     return (floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x);
 }
 #else
-#define STEP(is_bf16) LANES
 typedef floats vector;
 
-static inline vector take(const void *from, int64_t i, int64_t left, int is_bf16) {
-    (void)left;
-    return load(from, i, is_bf16);
+static inline vector part(const void *from, int64_t at, int64_t left, int is_bf16) {
+    return left > 0 ? load(from, at, is_bf16) : (vector){0};
 }
 
-static inline floats add(floats sum, vector w, vector x, int is_bf16) {
-    (void)is_bf16;
+static inline void columns(
+    vector *w, const void *from, int64_t at, int64_t outputs, int64_t left, int is_bf16) {
+    (void)outputs;
+    for (int j = 0; j < 4; j++) w[j] = part(from, at + j * LANES, left - j * LANES, is_bf16);
+}
+
+static inline vector spread(const void *from, int64_t at, int pairs) {
+    (void)pairs;
+    return ((const float *)from)[at] + (vector){0};
+}
+
+static inline floats add(floats sum, vector w, vector x, int pairs) {
+    (void)pairs;
     return sum + w * x;
 }
 #endif
 
-/* y[r][o] = row (first + o) of W times x[r], for `tokens` vectors and `count` rows, four at a time.
-   Sums have names, since gcc keeps an array of them in memory. */
-static inline __attribute__((always_inline)) void by_rows(
-    const void *matrix, int64_t base, int64_t inputs, int64_t first, int64_t count,
-    const void *const *x, int tokens, float (*y)[ROW], int is_bf16) {
-    int64_t size = is_bf16 ? sizeof(uint16_t) : sizeof(float), row = inputs * size;
-    for (int64_t o = 0; o < count; o += 4) {
-        const char *w = (const char *)matrix + base * size + (first + o) * row;
-#define START(r) floats a##r = {0}, b##r = {0}, c##r = {0}, d##r = {0};
-#define ADD(r)                                        \
-    if (r < tokens) {                                 \
-        vector v = take(x[r], i, inputs - i, is_bf16 && reads_bf16); \
-        a##r = add(a##r, wa, v, is_bf16);             \
-        b##r = add(b##r, wb, v, is_bf16);             \
-        c##r = add(c##r, wc, v, is_bf16);             \
-        d##r = add(d##r, wd, v, is_bf16);             \
-    }
-#define END(r)                       \
-    if (r < tokens) {                \
-        y[r][o] = total(a##r);       \
-        y[r][o + 1] = total(b##r);   \
-        y[r][o + 2] = total(c##r);   \
-        y[r][o + 3] = total(d##r);   \
-    }
-        EACH(START)
-        for (int64_t i = 0; i < inputs; i += STEP(is_bf16)) {
-            vector wa = take(w, i, inputs - i, is_bf16);
-            vector wb = take(w + row, i, inputs - i, is_bf16);
-            vector wc = take(w + 2 * row, i, inputs - i, is_bf16);
-            vector wd = take(w + 3 * row, i, inputs - i, is_bf16);
-            EACH(ADD)
-        }
-        EACH(END)
+/* Sums of `columns`, in order. */
+static inline void put(float *y, floats a, floats b, floats c, floats d, int pairs) {
+    floats all[4] = {a, b, c, d};
+    for (int j = 0; j < 4; j++) {
+        quad four[LANES / 4];
+        memcpy(four, &all[j], sizeof four);
+        for (int n = 0; n < LANES / 4; n++)
+            memcpy(y + (pairs ? 32 * (j / 2) + 8 * n + 4 * (j % 2) : LANES * j + 4 * n), &four[n],
+                   sizeof four[n]);
     }
 }
 
-/* The same where features are columns. */
-static inline __attribute__((always_inline)) void by_columns(
+/* y[r][o] = feature (first + o) of x[r], for `count` features and `tokens` inputs: features are
+   rows of W, or columns. Sums have names, since gcc keeps an array of them in memory. */
+static inline __attribute__((always_inline)) void tile(
     const void *matrix, int64_t base, int64_t inputs, int64_t outputs, int64_t first,
-    int64_t count, const void *const *x, int tokens, float (*y)[ROW], int is_bf16) {
-    for (int r = 0; r < tokens; r++) {
-        floats sum[ROW / LANES] = {0};
-        for (int64_t i = 0; i < inputs; i++) {
-            int64_t row = base + i * outputs + first;
-            for (int j = 0; j < ROW / LANES; j++)
-                if (j * LANES < count)
-                    sum[j] += to_float(x[r], i, is_bf16 && reads_bf16) *
-                              load(matrix, row + j * LANES, is_bf16);
+    int64_t count, const void *const *x, int tokens, float (*y)[ROW], int transposed,
+    int is_bf16) {
+    const int pairs = is_bf16 && reads_bf16;
+    const int step = (transposed ? 1 : LANES) * (pairs ? 2 : 1);
+    for (int64_t o = 0; o < count; o += transposed ? 4 * LANES : 4) {
+#define START(r) floats a##r = {0}, b##r = {0}, c##r = {0}, d##r = {0};
+#define ADD(r)                                                                                \
+    if (r < tokens) {                                                                         \
+        vector v = transposed ? spread(x[r], i, pairs) : part(x[r], i, inputs - i, pairs);    \
+        a##r = add(a##r, w[0], v, pairs);                                                     \
+        b##r = add(b##r, w[1], v, pairs);                                                     \
+        c##r = add(c##r, w[2], v, pairs);                                                     \
+        d##r = add(d##r, w[3], v, pairs);                                                     \
+    }
+#define END(r)                                                         \
+    if (r < tokens) {                                                  \
+        if (transposed) {                                              \
+            put(y[r] + o, a##r, b##r, c##r, d##r, pairs);              \
+        } else {                                                       \
+            y[r][o] = total(a##r), y[r][o + 1] = total(b##r);          \
+            y[r][o + 2] = total(c##r), y[r][o + 3] = total(d##r);      \
+        }                                                              \
+    }
+        EACH(START)
+        for (int64_t i = 0; i < inputs; i += step) {
+            vector w[4];
+            if (transposed) {
+                int64_t at = base + i * outputs + first + o;
+                columns(w, matrix, at, outputs, count - o, is_bf16);
+            } else {
+                int64_t at = base + (first + o) * inputs + i;
+                for (int j = 0; j < 4; j++)
+                    w[j] = part(matrix, at + j * inputs, inputs - i, is_bf16);
+            }
+            EACH(ADD)
         }
-        for (int j = 0; j < ROW / LANES; j++)
-            if (j * LANES < count) memcpy(y[r] + j * LANES, &sum[j], sizeof sum[j]);
+        EACH(END)
+#undef START
+#undef ADD
+#undef END
     }
 }
 
@@ -217,12 +251,13 @@ static inline __attribute__((always_inline)) void multiply(
     int64_t count, const void *const *x, int tokens, float (*y)[ROW], int transposed,
     int is_bf16) {
     int64_t base = expert * inputs * outputs;
-    if (transposed)
-        return by_columns(matrix, base, inputs, outputs, first, count, x, tokens, y, is_bf16);
     switch (tokens) { /* known when compiled: the sums stay in registers */
-#define CASE(r)                                                                       \
-    case r + 1:                                                                       \
-        by_rows(matrix, base, inputs, first, count, x, r + 1, y, is_bf16);            \
+#define CASE(r)                                                                               \
+    case r + 1:                                                                               \
+        if (transposed)                                                                       \
+            tile(matrix, base, inputs, outputs, first, count, x, r + 1, y, 1, is_bf16);       \
+        else                                                                                  \
+            tile(matrix, base, inputs, outputs, first, count, x, r + 1, y, 0, is_bf16);       \
         break;
         EACH(CASE)
 #undef CASE
