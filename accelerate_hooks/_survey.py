@@ -64,6 +64,7 @@ def survey(session: Session, run: int | None = None) -> Data:
         "audit": _audit(session, done, run),
         "sites": lines,
         "never": _never(session, lines, totals),
+        "idle": _idle(session) if run is None else [],
         "steps_complete": len(session.trace) < session.trace.capacity,
         "steps": done,
     }
@@ -257,6 +258,20 @@ def _audit(session: Session, done: list[Data], run: int | None) -> Data | None:
         "max": largest,
         "left_out": dict(audit.left_out),
     }
+
+
+def _idle(session: Session) -> list[str]:
+    """The policies that could skip and did not, where others did."""
+    could = {
+        index
+        for _, site in _sites(session)
+        if (record := session.record(site)).computed + record.skipped
+        for index, policy in session.policies_at(site)
+        if policy.acts(site) - {Effect.OBSERVE}
+    }
+    if not any(session.skips.values()):
+        return []
+    return [str(session.policies[i]) for i in sorted(could) if not session.skips.get(i)]
 
 
 def _never(session: Session, lines: list[Data], totals: Data) -> str | None:

@@ -66,6 +66,8 @@ def footer(data: Data) -> Iterable[tuple[str, str]]:
     elif totals["visits"]:
         share = percent(totals["share_skipped"])
         yield "skipped", f"{share} of {_many(totals['visits'], 'visit')}"
+    for policy in data["idle"]:
+        yield "idle", f"{policy} skipped nothing"
     if totals["visits"]:
         yield "FLOPs", flops_text(totals)
         if data["equal_cost"]:

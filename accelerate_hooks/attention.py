@@ -67,10 +67,10 @@ class AttentionMode(TorchFunctionMode):
     """Hands every ``F.scaled_dot_product_attention`` of this thread to ``fn``."""
 
     def __init__(
-        self, fn: Callable[[Attention], torch.Tensor], joint: int | None, layout: Any
+        self, fn: Callable[[Attention], torch.Tensor], lengths: tuple[int, int] | None, layout: Any
     ) -> None:
         super().__init__()
-        self.fn, self.joint, self.layout, self.calls = fn, joint, layout, 0
+        self.fn, self.lengths, self.layout, self.calls = fn, lengths, layout, 0
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -93,21 +93,28 @@ class AttentionMode(TorchFunctionMode):
             given.get("scale"),
             q.shape[-3] // k.shape[-3] if given.get("enable_gqa") else 1,
             self.calls,
-            self.joint not in (None, k.shape[-2]),
+            self._is_cross(q.shape[-2], k.shape[-2]),
             self.layout,
             default,
         )
         self.calls += 1
         return self.fn(seen)
 
+    def _is_cross(self, queries: int, keys: int) -> bool:
+        """Joint attention has both sequences in its keys, the other one perhaps without its padding
+        (Mochi): then they are in its queries, too."""
+        if self.lengths is None or keys == sum(self.lengths):
+            return False
+        return not queries == keys > self.lengths[0]
 
-def joint_length(call: Call) -> int | None:
-    """How many tokens there are together in a site's x and the other sequence that it was given;
-    None without one."""
+
+def lengths(call: Call) -> tuple[int, int] | None:
+    """How many tokens there are in a site's x and in the other sequence that it was given; None
+    without one."""
     for name in _CONTEXTS:
         other = call.argument(name)
         if isinstance(other, torch.Tensor) and other.ndim > 1 and other is not call.x:
-            return call.x.shape[1] + other.shape[1]
+            return call.x.shape[1], other.shape[1]
     return None
 
 

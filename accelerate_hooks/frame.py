@@ -179,7 +179,12 @@ class Frame:
         call = self.parent
         shape = call.x.shape if call is not None and isinstance(call.x, torch.Tensor) else ()
         self.leave_out(site, tuple(shape))
-        self.session.skips[policy] = self.session.skips.get(policy, 0) + 1
+        self.acted(policy)
+
+    def acted(self, policy: int) -> None:
+        """A policy left something out."""
+        skips = self.session.skips
+        skips[policy] = skips.get(policy, 0) + 1
 
     def leave_out(self, site: Site, shape: tuple[int, ...], share: float = 1.0) -> None:
         """Count a visit of x's ``shape`` as left out, or a share of its rows; inside a visit of the
@@ -203,7 +208,7 @@ class Frame:
         self.spared += flops
         if self.flops is not None:
             self.flops.total += round(done)
-        self.session.skips[policy] = self.session.skips.get(policy, 0) + 1
+        self.acted(policy)
 
     def plain(self, seam: Seam, args: Any, kwargs: Any) -> Any:
         """The original forward without policies inside, for checks and skipped keys and values."""

@@ -58,6 +58,7 @@ def proceed(
         record.remember(key, known)
     inside = Partial(site)
     part = _part(call, (args, kwargs), go, stay, known, inside)
+    frame.acted(call._policy_index)
     frame.leave_out(site, tuple(x.shape), (stay.numel() + go.numel() * inside.left_out) / batch)
     return record.fill(call, *_merged(call, *call.outputs(part), go, batch, rest))
 

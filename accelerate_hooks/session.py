@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from accelerate_hooks import flow, shorter, stand_in, tree
-from accelerate_hooks.attention import AttentionMode, joint_length
+from accelerate_hooks.attention import AttentionMode, lengths
 from accelerate_hooks.audit import Audit
 from accelerate_hooks.call import Call
 from accelerate_hooks.errors import SpecError, UnsupportedModelError
@@ -456,7 +456,7 @@ class Session:
         root = self.root(call._frame.root)
         make = self._reach.get(call.site)
         make = AttentionMode if make is None else make
-        mode = make(fn, joint_length(call), call.layout)
+        mode = make(fn, lengths(call), call.layout)
         with mode:
             out = call.proceed()
         if mode.calls == 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import nn
@@ -43,13 +43,16 @@ class TokenLayout:
 
     def at(self, tokens: int) -> TokenLayout | None:
         """This layout for a sequence of ``tokens``: with its text and special tokens or without
-        (a stream by itself), or of a picture halved again and again (a U-Net's inner stages); None
-        where none fits."""
+        (a stream by itself), with less text (that left its padding out), or of a picture halved
+        again and again (a U-Net's inner stages); None where none fits."""
         text = 0 if self.text is None else self.text.stop - self.text.start
         if tokens == self.visual + text + self.special:
             return self
         if tokens == self.visual:
             return TokenLayout(*self.grid)
+        fewer = tokens - self.visual - self.special
+        if self.text is not None and 0 <= fewer < text:
+            return replace(self, text=slice(self.text.start, self.text.start + fewer))
         if self.frames == self.height == 1 and not text and not self.special:
             return TokenLayout(1, 1, tokens)  # a line has any length
         height, width = self.height, self.width

@@ -1,9 +1,9 @@
 """Attention to what is near, on a line, in a plane or in a clip.
 
-Tokens of a ``grid`` are cut into tiles; a tile of queries sees a tile of keys if some token of the
-one is within ``window`` tokens of some token of the other along every axis. So every query sees all
-keys within ``window`` of it, and what else their tiles hold: a band of blocks in one axis, sliding
-tiles (arXiv 2502.04507) in two and three.
+Tokens of a ``grid`` are cut into tiles; a tile of queries sees a tile of keys if they come within
+``window`` tokens of each other along every axis. So every query sees all keys within ``window`` of
+it, and what else their tiles hold: a band of blocks in one axis, sliding tiles (arXiv 2502.04507)
+in two and three.
 """
 
 from __future__ import annotations
@@ -72,38 +72,39 @@ def window_attention(
 
 
 def tile_order(grid: tuple[int, ...], tile: tuple[int, ...]) -> Tensor | None:
-    """The tokens of a grid (raster numbers ``[N]``) tile by tile, each in raster order; None where
-    that is the raster order itself."""
-    depth = [min(pair) for pair in zip(tile, grid, strict=True)]
-    split = [i for i in range(len(grid)) if depth[i] < grid[i]]
-    if all(depth[j] == 1 for i in split for j in range(i)):
-        return None
-    return _tiles(grid, tile)[0].argsort(stable=True)
+    """An order of the tokens of a grid (raster numbers ``[N]``) whose blocks of ``prod(tile)`` are
+    tiles, or as compact where a grid is no multiple of its tiles; None where that is raster order.
+
+    The grid is cut into bands as thick as a tile or a little less, all the same to one token, and
+    walked column by column along them, to and fro: a block that spans the end of a band goes on
+    beside it. In a block, tokens stand in raster order.
+    """
+    walks = [torch.arange(math.prod(grid)).view(grid)]
+    for axis, thick in enumerate(tile[:-1]):
+        bands = math.ceil(grid[axis] / thick)
+        walks = [
+            band
+            for i, walk in enumerate(walks)
+            for band in walk.tensor_split(bands, axis)[:: -1 if i % 2 else 1]
+        ]
+    columns = [walk.movedim(-1, 0) for walk in walks]
+    order = torch.cat(
+        [c.flip(0).flatten() if i % 2 else c.flatten() for i, c in enumerate(columns)]
+    )
+    order = torch.cat([block.sort().values for block in order.split(math.prod(tile))])
+    return None if torch.equal(order, torch.arange(len(order))) else order
 
 
 def window_blocks(grid: tuple[int, ...], tile: tuple[int, ...], window: tuple[int, ...]) -> Tensor:
-    """Which blocks of ``prod(tile)`` tokens in `tile_order` see which ``[R, R]``. Where a grid is
-    no multiple of its tiles a block holds tokens of several, and sees what any of them sees."""
-    number, counts = _tiles(grid, tile)
-    near = torch.ones((), dtype=torch.bool)
-    for count, size, reach in zip(counts, tile, window, strict=True):
-        place = torch.arange(count)
-        gap = ((place.unsqueeze(1) - place).abs() - 1) * size + 1
-        axis = gap.clamp(min=0) <= reach
-        # [tiles so far, count, tiles so far, count]
-        near = near[..., None, :, None] & axis.unsqueeze(1) if near.ndim else axis
-        near = near.reshape(math.prod(near.shape[: near.ndim // 2]), -1)
-    block = math.prod(tile)
-    rows = math.ceil(len(number) / block)
-    held = torch.zeros(rows, math.prod(counts), dtype=torch.bool)
-    held[torch.arange(len(number)) // block, number.sort().values] = True
-    return (held.float() @ near.float() @ held.float().T) > 0
-
-
-def _tiles(grid: tuple[int, ...], tile: tuple[int, ...]) -> tuple[Tensor, list[int]]:
-    """The number of its tile of every token ``[N]``, and how many tiles an axis has."""
-    counts = [math.ceil(size / step) for size, step in zip(grid, tile, strict=True)]
-    number = torch.zeros((), dtype=torch.long)
-    for size, step, count in zip(grid, tile, counts, strict=True):
-        number = number.unsqueeze(-1) * count + torch.arange(size) // step
-    return number.flatten(), counts
+    """Which blocks of ``prod(tile)`` tokens in `tile_order` see which ``[R, R]``: those whose
+    bounding boxes come within ``window`` along every axis."""
+    order, block = tile_order(grid, tile), math.prod(tile)
+    places = torch.arange(math.prod(grid)) if order is None else order
+    rows = math.ceil(len(places) / block)
+    places = torch.cat((places, places[-1:].expand(rows * block - len(places)))).view(rows, block)
+    near = torch.ones(rows, rows, dtype=torch.bool)
+    for at, reach in zip(torch.unravel_index(places, grid), window, strict=True):
+        low, high = at.aminmax(dim=1)
+        gap = low.unsqueeze(1) - high
+        near &= torch.maximum(gap, gap.T) <= reach
+    return near

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -30,6 +31,11 @@ class Plan:
     @property
     def rows(self) -> int:
         return len(self.sizes)
+
+    @cached_property
+    def visible(self) -> float:
+        """The share of the blocks that can be seen."""
+        return (self.selection.free | self.selection.whole).double().mean().item()
 
     @classmethod
     def of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from accelerate_hooks.policies._regions import Plan
 from accelerate_hooks.policy import Decides, Policy
 from accelerate_hooks.site import Effect, Kind, Site, TokenLayout
 
+_FITTED = ("pool", "select", "sinks")
 Prepared = tuple[Plan, Tensor, Tensor, Tensor, Tensor | None, float]
 
 
@@ -40,7 +42,7 @@ class DraftAttention(Policy):
     computed; the others are left out of the softmax. Tokens are reordered so that a region is one
     block. Text, and special tokens, attend to and are attended by everything.
 
-    sparsity: share of the blocks to leave out. mass: in its place, the share of each row's draft to
+    sparsity: share of the blocks to leave out, of those between tokens of the grid. mass: in its place, the share of each row's draft to
         keep (``select="mass"``); what that leaves out follows from the data.
     select: ``"quantile"`` ranks all blocks of a head together, ``"row"`` those of each row.
     pool: the region as (frames, height, width), (height, width) or (tokens,); by default 128
@@ -84,7 +86,9 @@ class DraftAttention(Policy):
             sizes = getattr(self, name)
             ok = sizes is None or (1 <= len(sizes) <= 3 and all(size > 0 for size in sizes))
             self.require(name, ok, "one to three positive sizes")
-        self.require("dense_steps", self.dense_steps >= 0, "a share under 1, or a number of steps")
+        whole = self.dense_steps < 1 or float(self.dense_steps).is_integer()
+        ok = self.dense_steps >= 0 and whole
+        self.require("dense_steps", ok, "a share under 1, or a whole number of steps")
         self.require("dense_blocks", self.dense_blocks >= 0, "an integer >= 0")
         self.require("sinks", self.sinks >= 0, "an integer >= 0")
         ok = self.text == "none" or self.grid is not None
@@ -123,7 +127,23 @@ class DraftAttention(Policy):
                 )
             if isinstance(self.heads, Artifact):
                 self.heads.check(policy=self.name, model=root.model)
+                self._check_densities(self.heads)
         return []
+
+    def _check_densities(self, heads: Artifact) -> None:
+        for name, value in heads.meta.get("settings", {}).items():
+            now = json.loads(json.dumps(getattr(self, name, None)))
+            if now != value:
+                raise ArtifactError(
+                    f"draft_attention: these densities were fitted with {name}={value!r}, not "
+                    f"{now!r}; use that, or fit again"
+                )
+        for name, shares in heads.tensors.items():
+            if shares.ndim != 1 or not ((shares >= 0) & (shares <= 1)).all():
+                raise ArtifactError(
+                    f"draft_attention: the densities of {name} are no numbers from 0 to 1, one a "
+                    "head; fit again"
+                )
 
     def fit(
         self,
@@ -157,8 +177,9 @@ class DraftAttention(Policy):
         )
         budgets, kept = _budgets.allocate(curves, share)
         artifact = Artifact.create(
-            budgets, policy=self.name, model=_budgets.model_of(model), density=share, **kept
-        )
+            budgets, policy=self.name, model=_budgets.model_of(model), density=share,
+            settings={name: getattr(self, name) for name in _FITTED}, **kept,
+        )  # fmt: skip
         return replace(self, heads=artifact)
 
     # -- one visit ---------------------------------------------------------------------------
@@ -188,7 +209,9 @@ class DraftAttention(Policy):
                         "and nobody says how many there are, so none is dense; use "
                         "session.run(total=...)"
                     )
-                count = None if step.total is None else math.ceil(self.dense_steps * step.total)
+                count = (
+                    None if step.total is None else math.ceil(self.dense_steps * step.total - 1e-9)
+                )
             if count is not None and step.index < count:
                 return "one of the first steps"
         return None
@@ -219,7 +242,7 @@ class DraftAttention(Policy):
             call.remark(f"draft_attention: {op} runs without its fast kernel: {reason}")
         density = self._density(call, plan)
         if density is None:
-            density = call.read(mask.float().mean())[0]
+            density = call.read(mask.float().mean())[0] / plan.visible
         extra = 2.0 * draft.numel() * q.shape[-1]  # the draft's own product is work, too
         call.spare(a.flops * (1.0 - density) - extra, a.flops * density + extra)
         numbers = {"density": density, **clock.numbers}
@@ -238,6 +261,7 @@ class DraftAttention(Policy):
         """Plan, reordered q, k, v and key mask, and the scale; None where an attention is to be
         computed in full (the reason is noted)."""
         if a.is_cross:
+            call.note("attention to another sequence")
             return None
         seen, why = _key_mask(a)
         why = why or _unfit(a)
@@ -265,7 +289,7 @@ class DraftAttention(Policy):
             budgets: dict[Any, Tensor] = call.slot(dict, scope="run")
             key = ("budget", call.site.name, a.q.device)
             if key not in budgets:
-                budgets[key] = _budget(self.heads, call).to(a.q.device)
+                budgets[key] = _budget(self.heads, call, a.q.shape[1]).to(a.q.device)
             return budgets[key]
         return 1.0 - self.sparsity if self.mass is None else self.mass
 
@@ -277,7 +301,7 @@ class DraftAttention(Policy):
         if plan not in known:
             shares = [1.0 - self.sparsity]
             if isinstance(self.heads, Artifact):
-                shares = _budget(self.heads, call).tolist()
+                shares = _budget(self.heads, call, None).tolist()
             found = [plan.selection.density(share) or 0.0 for share in shares]
             known[plan] = sum(found) / len(found)
         return known[plan]
@@ -316,13 +340,14 @@ class DraftAttention(Policy):
         return found
 
 
-def _budget(heads: Artifact, call: Call) -> Tensor:
-    """The fitted densities ``[heads]`` of this layer."""
+def _budget(heads: Artifact, call: Call, count: int | None) -> Tensor:
+    """The fitted densities ``[heads]`` of this layer, which has ``count`` heads."""
     found = heads.tensors.get(call.site.name)
-    if found is None:
+    if found is None or count not in (None, len(found)):
+        has = "no densities" if found is None else f"{len(found)} densities"
         raise ArtifactError(
-            f"draft_attention: the artifact has no densities for {call.site.name}; fit again "
-            "on calls that reach it, or leave it out with only="
+            f"draft_attention: the artifact has {has} for the {count} heads of {call.site.name}; "
+            "fit again on calls that reach it, or leave it out with only="
         )
     return found.double()
 
@@ -345,7 +370,7 @@ def _key_mask(a: Attention) -> tuple[Tensor | None, str | None]:
     mask = mask[(None,) * (4 - mask.ndim)]
     if any(mask.shape[axis] > 1 and mask.stride(axis) for axis in (1, 2)):
         return None, "an attention mask [queries, keys]"
-    return mask[:, 0, 0], None
+    return mask[:, 0, 0].expand(-1, a.k.shape[2]), None
 
 
 def _unfit(a: Attention) -> str | None:
