@@ -5,8 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 import torch
@@ -20,6 +19,7 @@ from accelerate_hooks.kernels import attention_mass
 from accelerate_hooks.opaque import opaque_functions
 from accelerate_hooks.policies._hull import hull, slope
 from accelerate_hooks.policy import Policy
+from accelerate_hooks.resume import Resume
 from accelerate_hooks.site import Effect, Kind, Site
 
 GRID = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 1.0)
@@ -102,8 +102,8 @@ def measure(
     items = list(data)
     if not items:
         raise SpecError("draft_attention: fit needs at least one item in data")
-    path = None if resume is None else Path(resume)
-    curves, first = _resumed(path, policy)
+    kept = Resume(resume, model=model_of(model), data=items, policy=policy, visits=visits)
+    curves, first = _resumed(kept)
     for number, item in enumerate(tqdm(items, desc="densities", disable=not progress)):
         if number < first:
             continue
@@ -111,8 +111,8 @@ def measure(
         every = max(1, math.ceil(steps / visits)) if steps else 1
         with enable(model, Probe(policy=policy, every=every, curves=curves)), torch.no_grad():
             model(**item)
-        if path is not None:
-            _save(path, policy, curves, number + 1)
+        state = {name: vars(curve) for name, curve in curves.items()}
+        kept.save((number + 1, state), number + 1)
     if not curves:
         raise SpecError(
             "draft_attention: no attention was measured: all of it is masked, to another sequence "
@@ -121,30 +121,9 @@ def measure(
     return curves
 
 
-def _resumed(path: Path | None, policy: Policy) -> tuple[dict[str, Curve], int]:
-    if path is None or not path.exists():
-        return {}, 0
-    state = torch.load(path, weights_only=True)
-    if state["policy"] != str(policy):
-        raise SpecError(
-            f"{path} was begun with {state['policy']}, not {policy}; give another file, or that"
-        )
-    curves = {
-        name: Curve(**{f.name: values[f.name] for f in fields(Curve)})
-        for name, values in state["curves"].items()
-    }
-    return curves, state["calls"]
-
-
-def _save(path: Path, policy: Policy, curves: dict[str, Curve], calls: int) -> None:
-    state = {
-        "policy": str(policy),
-        "calls": calls,
-        "curves": {name: vars(curve) for name, curve in curves.items()},
-    }
-    half = path.with_name(path.name + ".part")
-    torch.save(state, half)
-    half.replace(path)
+def _resumed(kept: Resume) -> tuple[dict[str, Curve], int]:
+    first, curves = kept.load() or (0, {})
+    return {name: Curve(**values) for name, values in curves.items()}, first
 
 
 def allocate(curves: dict[str, Curve], target: float) -> tuple[dict[str, Tensor], dict[str, float]]:

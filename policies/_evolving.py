@@ -8,10 +8,8 @@ token on some data.
 from __future__ import annotations
 
 import itertools
-import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +21,7 @@ from accelerate_hooks.kernels import esap
 from accelerate_hooks.opaque import opaque_functions
 from accelerate_hooks.policies._watching import forward
 from accelerate_hooks.policy import Policy
+from accelerate_hooks.resume import Resume
 
 Plan = tuple[int, ...]
 _ELITE, _MOVES, _MOST, _TRIES = 4, 3, 4, 32
@@ -36,7 +35,7 @@ def evolve(
     population: int = 32,
     generations: int = 50,
     seed: int = 0,
-    resume: str | None = None,
+    resume: Resume | None = None,
     progress: bool = True,
 ) -> tuple[Plan, dict[Plan, float]]:
     """The fittest plan found, and the fitness of all that were tried.
@@ -55,8 +54,7 @@ def evolve(
             f"{sum(most)} in all; give a smaller target"
         )
     chance = random.Random(seed)
-    path = None if resume is None else Path(resume)
-    tried = _resumed(path, most, total, seed)
+    tried: dict[Plan, float] = dict((resume.load() if resume else None) or {})
     shapes = itertools.islice(_shapes(len(most), chance), population)
     plans = list(dict.fromkeys(_filled(shape, most, total, chance) for shape in shapes))
     bar = tqdm(range(generations), desc="budgets", disable=not progress)
@@ -64,8 +62,8 @@ def evolve(
         for plan in plans:
             if plan not in tried:
                 tried[plan] = fitness(plan)
-                if path is not None:
-                    _save(path, most, total, seed, tried)
+                if resume is not None:
+                    resume.save(tried)
         elite = sorted(plans, key=lambda p: -tried[p])[:_ELITE]
         bar.set_postfix_str(f"{tried[elite[0]]:.4f}")
         plans = list(elite)
@@ -157,22 +155,6 @@ def _tokens(item: Any, logits: Tensor) -> Tensor:
     if not isinstance(mask, Tensor) or mask.shape != logits.shape[:2]:
         return torch.ones(logits.shape[:2])
     return mask.cpu().float()
-
-
-def _resumed(path: Path | None, most: Sequence[int], total: int, seed: int) -> dict[Plan, float]:
-    if path is None or not path.exists():
-        return {}
-    state = json.loads(path.read_text())
-    if state["of"] != [list(most), total, seed]:
-        raise SpecError(f"{path} was begun with another budget, model or seed; give another file")
-    return {tuple(plan): value for plan, value in state["tried"]}
-
-
-def _save(path: Path, most: Sequence[int], total: int, seed: int, tried: dict[Plan, float]) -> None:
-    state = {"of": [list(most), total, seed], "tried": [[list(p), v] for p, v in tried.items()]}
-    half = path.with_name(path.name + ".part")
-    half.write_text(json.dumps(state))
-    half.replace(path)
 
 
 opaque_functions(globals())

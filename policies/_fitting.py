@@ -19,6 +19,7 @@ from accelerate_hooks.policies._hull import split
 from accelerate_hooks.policies._pruning import Layer, mixtures
 from accelerate_hooks.policies._routers import chosen
 from accelerate_hooks.policies._watching import Seen, Watch, look, thresholds, watch
+from accelerate_hooks.resume import Resume
 
 RULES = ("top_k", "ratio", "mass", "floor")
 _NOISE = 256  # tokens of noise a layer for LExI
@@ -136,9 +137,10 @@ def fit_pruning(
     most = [layer.count - (layer.top_k or 1) for layer in layers]
     total = int(target * sum(layer.count for layer in layers) + 1e-9)
     masked = replace(fitted, merge=False, free_memory=False, irreversible=False)
+    kept = Resume(resume, model=_model_of(model), data=items, policy=policy, total=total)
     plan, tried = evolve(
         acceptance(model, lambda plan: replace(masked, prune=plan), items), most, total,
-        generations=generations, resume=resume, progress=progress,
+        generations=generations, resume=kept, progress=progress,
     )  # fmt: skip
     artifact = Artifact.create(
         tensors, **made_for, target=target, removed=list(plan), esap=tried[plan], tried=len(tried)

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -33,6 +32,7 @@ from accelerate_hooks.errors import SpecError, UnsupportedModelError
 from accelerate_hooks.history import History
 from accelerate_hooks.policies._pattern import allocate
 from accelerate_hooks.policy import Decides
+from accelerate_hooks.resume import Resume
 
 _FEATURES = 64  # rows of features a site and step that the regression sees
 _REGULAR = (0.0, 3e-4, 3e-3, 3e-2)  # prices of sites that differ within a step, in `allocate`
@@ -168,13 +168,12 @@ def train(
     ``probes`` random directions are asked an item. ``resume`` is a file that keeps what was
     measured; the same call goes on from there.
     """
-    model, items, seen = model_of(pipe), list(data), _Seen()
-    if resume is not None and Path(resume).exists():
-        seen = _Seen(**torch.load(resume, weights_only=True))
+    model, items = model_of(pipe), list(data)
+    kept = Resume(resume, model=model, data=items, policy=policy, target=target, probes=probes)
+    seen = _Seen(**(kept.load() or {}))
 
     def keep() -> None:
-        if resume is not None:
-            torch.save(vars(seen), resume)
+        kept.save(vars(seen), seen.done)
 
     frozen = [p for p in model.parameters() if p.requires_grad]
     for parameter in frozen:

@@ -42,8 +42,9 @@ class DraftAttention(Policy):
     computed; the others are left out of the softmax. Tokens are reordered so that a region is one
     block. Text, and special tokens, attend to and are attended by everything.
 
-    sparsity: share of the blocks to leave out, of those between tokens of the grid. mass: in its place, the share of each row's draft to
-        keep (``select="mass"``); what that leaves out follows from the data.
+    sparsity: share of the blocks to leave out, of those between tokens of the grid.
+    mass: in its place, the share of each row's draft to keep (``select="mass"``); what that leaves
+        out follows from the data.
     select: ``"quantile"`` ranks all blocks of a head together, ``"row"`` those of each row.
     pool: the region as (frames, height, width), (height, width) or (tokens,); by default 128
         tokens, 8 x 16 in the plane where it is large enough, through time where it is not.

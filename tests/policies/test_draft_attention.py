@@ -420,7 +420,7 @@ def test_fit_gives_each_head_its_density(tmp_path):
     assert isinstance(fitted.heads, Artifact)
     again = policy.fit(model, [inputs, inputs], progress=False, resume=str(tmp_path / "state"))
     assert again.heads == fitted.heads
-    with pytest.raises(SpecError, match="was begun with"):
+    with pytest.raises(ArtifactError, match="was begun with"):
         few(sparsity=0.5).fit(model, [inputs], progress=False, resume=str(tmp_path / "state"))
     densities = torch.cat(list(fitted.heads.tensors.values()))
     assert densities.mean() == pytest.approx(0.4, abs=1e-3) and densities.std() > 0
@@ -514,3 +514,28 @@ def test_a_share_of_the_steps_is_rounded_up_once(share, total, dense):
                 model(**inputs | {"timestep": torch.tensor([total - t])})
         steps = session.report().steps
     assert {s["step"] for s in steps if s["action"] == "computed"} == set(range(dense))
+
+
+@pytest.mark.parametrize(
+    ("shares", "settings", "words"),
+    [
+        ([0.5, float("nan")], {}, "no numbers from 0 to 1"),
+        ([0.5, 2.0], {}, "no numbers from 0 to 1"),
+        ([0.5], {}, "1 densities for the 5 heads"),
+        ([0.5, 0.5], {"pool": [1, 1, 2]}, "were fitted with pool"),
+        ([0.5, 0.5], {"select": "row"}, "were fitted with select"),
+    ],
+)
+def test_densities_that_cannot_be_are_refused(shares, settings, words):
+    model, inputs = TINY["dit"].build(), TINY["dit"].inputs(1)
+    with enable(model, few()) as session:
+        names = [s.name for s in session.sites if s.kind == "attention"]
+    tensors = {name: torch.tensor(shares) for name in names}
+    made = Artifact.create(tensors, policy="draft_attention", model=model, settings=settings)
+
+    def run():
+        with torch.no_grad(), enable(model, few(heads=made)):
+            model(**inputs)
+
+    with pytest.raises(ArtifactError, match=words):
+        run()
