@@ -35,19 +35,19 @@ def begin(session: Session, scheduler: Any) -> None:
     """A run of ``scheduler``, whose timesteps are set, starts in this context."""
     before = session.schedules.current.get()
     if before is not None:
-        before.run.ended = True
-        before.run.clear()
+        before.stop()
+    schedule = Schedule(Run(signal="scheduler"), scheduler.timesteps, weakref.ref(scheduler))
+    session.schedules.current.set(schedule)
     patch = session.roots[0].patch
-    session.schedules.current.set(
-        Schedule(
-            Run(signal="scheduler"),
-            scheduler.timesteps,
-            weakref.ref(scheduler),
-            patch.noise(scheduler),
-            patch.prediction(scheduler),
-            patch.strides(scheduler),
-        )
-    )
+    try:
+        schedule.noise = patch.noise(scheduler)
+        schedule.prediction = patch.prediction(scheduler)
+        schedule.strides = patch.strides(scheduler)
+        times = [float(t) for t in scheduler.timesteps.tolist()]
+        schedule.turns = times not in (sorted(times), sorted(times, reverse=True))
+    except Exception as error:  # a scheduler of the user's own has what it likes
+        name = type(scheduler).__name__
+        session.say(f"{name} does not tell its noise levels ({type(error).__name__}: {error})")
     tell_replaced_models(session)
 
 
@@ -71,7 +71,7 @@ def follow_scheduler(session: Session, scheduler: Any) -> bool:
 def set_timesteps(session: Session) -> Any:
     """Told of ``scheduler.set_timesteps``: a run starts in this context."""
 
-    def told(scheduler: Any, args: Any, kwargs: Any) -> None:
+    def told(scheduler: Any, result: Any, args: Any, kwargs: Any) -> None:
         begin(session, scheduler)
 
     return told
@@ -80,7 +80,7 @@ def set_timesteps(session: Session) -> Any:
 def scheduler_step(session: Session) -> Any:
     """Told of ``scheduler.step``: the run moves on."""
 
-    def told(scheduler: Any, args: Any, kwargs: Any) -> None:
+    def told(scheduler: Any, result: Any, args: Any, kwargs: Any) -> None:
         schedule = session.schedules.current.get()
         if schedule is not None:
             given = inspect.signature(scheduler.step).bind(*args, **kwargs).arguments
@@ -90,16 +90,30 @@ def scheduler_step(session: Session) -> Any:
 
 
 def progress_bar(session: Session) -> Any:
-    """Told of ``pipeline.progress_bar``, with which its loop begins: a call of this pipeline, so
-    that its ``num_timesteps`` are the steps of this run, also where it stops early."""
+    """Told of ``pipeline.progress_bar``, with which its loop begins: a call of this
+    pipeline, so that its ``num_timesteps`` are the steps of this run, also where it stops early.
+    The loop is over when the bar is closed, whether it came to its end or not."""
 
-    def told(pipeline: Any, args: Any, kwargs: Any) -> None:
+    def told(pipeline: Any, bar: Any, args: Any, kwargs: Any) -> None:
         schedule = session.schedules.current.get()
         count = getattr(pipeline, "num_timesteps", None)
         if schedule is not None and schedule.scheduler() is pipeline.scheduler:
             schedule.count = count if type(count) is int and count > 0 else None
+            _stop_with(bar, schedule)
 
     return told
+
+
+def _stop_with(bar: Any, schedule: Schedule) -> None:
+    """Stop the schedule when a bar is closed (on leaving its ``with``, too)."""
+    close = getattr(bar, "close", None)
+
+    def closed(*args: Any, **kwargs: Any) -> Any:
+        schedule.stop()
+        return close(*args, **kwargs)  # type: ignore[misc]
+
+    if callable(close) and hasattr(bar, "__dict__"):
+        bar.close = closed
 
 
 def cache_context(session: Session) -> Any:

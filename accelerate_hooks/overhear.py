@@ -16,14 +16,14 @@ from typing import Any
 
 from accelerate_hooks.opaque import opaque, opaque_functions
 
-Told = Callable[[Any, Any, Any], None]
+Told = Callable[[Any, Any, Any, Any], None]
 _TOLD = "_accelerate_hooks_told"
 
 
 def overhear(owner: Any, told: Mapping[str, Told]) -> Callable[[], str | None]:
-    """After each ``owner.<name>(*args, **kwargs)`` call ``told[name](owner, args, kwargs)``, once
-    for each listener, until the function that this returns is called; that one returns None, or
-    the name of a class that somebody else has put in place of ours meanwhile."""
+    """After each ``owner.<name>(*args, **kwargs)`` call ``told[name](owner, result, args,
+    kwargs)``, once for each listener, until the function that this returns is called; that one
+    returns None, or the name of a class that somebody else has put in place of ours meanwhile."""
     if _TOLD not in vars(type(owner)):
         object.__setattr__(owner, "__class__", _listening(type(owner)))
     listening = type(owner)
@@ -81,7 +81,7 @@ def _heard(listening: Any, name: str) -> Callable[..., Any]:
         result = plain(self, *args, **kwargs)
         for told in list(vars(listening)[_TOLD]):
             if name in told:
-                told[name](self, args, kwargs)
+                told[name](self, result, args, kwargs)
         return result
 
     return method

@@ -39,7 +39,7 @@ class Trail:
     course: float = 0.0  # the sign of time's last move, by value
     conditions: dict[tuple[int, ...], Condition] = field(default_factory=dict)
     calls: int = 0
-    expected: int | None = None
+    expected: dict[str, int] | None = None  # how often each name was seen in the step before
     restless: int = 0
     scheduler_index: int = -1
     seen_now: dict[str, int] = field(default_factory=dict)
@@ -195,8 +195,11 @@ class Recogniser:
         elif scheduler is not None and not scheduler.run.ended:
             if trail is not None and trail.run is scheduler.run:
                 back = scheduler.at(clock) < trail.scheduler_index
-                if back or self._turned(trail, clock):  # an aborted pipeline's; this is no part
-                    scheduler.run.ended = True
+                turned = self._turned(trail, clock) and not scheduler.turns
+                unheard = scheduler.index == 0 and self._course(trail, clock) != 0
+                if back or turned or unheard:
+                    # an aborted pipeline's, or a loop that steps without its scheduler: no part
+                    scheduler.stop()
                     return self._bare(None, shape, clock, given, context_name)
                 if trail.run.broken:
                     scheduler.restart()
@@ -274,31 +277,43 @@ class Recogniser:
 
     def _turned(self, trail: Trail, clock: Clock | None) -> bool:
         """Whether time runs against the direction that it had in this run."""
+        return self._course(trail, clock) * trail.course < 0
+
+    def _course(self, trail: Trail, clock: Clock | None) -> float:
+        """How far time moved, by value; 0 where the host does not know."""
         if clock is None or trail.clock is None:
-            return False
+            return 0.0
         if trail.clock.value is None or clock.value is None:
-            return False
-        return (clock.value - trail.clock.value) * trail.course < 0
+            return 0.0
+        return clock.value - trail.clock.value
 
     def _advance(self, trail: Trail, clock: Clock | None) -> None:
         run = trail.run
-        if clock is not None and trail.clock is not None:
-            now, before = clock.value, trail.clock.value
-            if now is not None and before is not None:
-                trail.course = now - before or trail.course
+        trail.course = self._course(trail, clock) or trail.course
         if run.index >= 0:
-            if trail.expected is not None and trail.calls != trail.expected:
-                trail.restless = max(trail.restless, 2)
-                if any(name.startswith("call ") for name in run.branches):
-                    run.ambiguous = (
-                        "the number of calls a timestep changes and nothing names the CFG branch; "
-                        "use model.cache_context(name) or keep the conditioning tensors"
-                    )
-            trail.expected = trail.calls
+            if trail.expected is not None:
+                changed = sum(trail.seen_now.values()) != sum(trail.expected.values())
+                if changed:
+                    trail.restless = max(trail.restless, 2)
+                names = trail.seen_now.keys() | trail.expected.keys()
+                if changed and any(name.startswith("call ") for name in run.branches):
+                    self._doubt(run)
+                for name in names:
+                    now, before = trail.seen_now.get(name, 0), trail.expected.get(name, 0)
+                    if now != before and max(now, before) > 1:  # told apart by their order alone
+                        self._doubt(run)
+            trail.expected = trail.seen_now
         run.index += 1
         trail.calls = 0
         trail.seen_now = {}
         trail.clock = clock
+
+    def _doubt(self, run: Run) -> None:
+        run.ambiguous = (
+            "the number of calls a timestep changes and nothing names the CFG branch; use "
+            "model.cache_context(name) or keep the conditioning tensors"
+        )
+        run.clear()
 
     def _find(self, trail: Trail, given: list[torch.Tensor]) -> Condition | None:
         return next((c for c in trail.conditions.values() if c.alive(given)), None)
@@ -344,6 +359,8 @@ class Recogniser:
         trail.calls += 1
         visits = trail.seen_now[name] = trail.seen_now.get(name, 0) + 1
         if visits > 1:
+            if trail.expected is not None and visits > max(1, trail.expected.get(name, 0)):
+                self._doubt(trail.run)
             name = f"{name} ({visits})"
         trail.run.branches[name] = trail.run.branches.get(name, 0) + 1
         return name, signal

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 @dataclass(eq=False)
 class Schedule:
     """What a hooked scheduler told in this context: a run from ``set_timesteps`` to the last
-    ``step``. ``entry`` is where a loop entered ``timesteps`` that did not tell the scheduler so,
-    ``count`` how many steps the pipeline says that it makes."""
+    ``step``. ``turns`` where its timesteps do not all go one way, ``entry`` is where a loop entered
+    them that did not tell the scheduler so, ``count`` how many steps the pipeline says that it
+    makes."""
 
     run: Run
     timesteps: Any
@@ -30,6 +31,7 @@ class Schedule:
     noise: list[tuple[float, float]] = field(default_factory=list)
     prediction: str | None = None
     strides: list[float] = field(default_factory=list)
+    turns: bool = False
     index: int = 0
     entry: int | None = None
     count: int | None = None
@@ -47,8 +49,7 @@ class Schedule:
         return rest if self.count is None else min(self.count, rest)
 
     def restart(self) -> None:
-        self.run.ended = True
-        self.run.clear()
+        self.stop()
         self.run = Run(signal="scheduler", total=self.left())
 
     def at(self, clock: Clock | None) -> int:
@@ -82,8 +83,12 @@ class Schedule:
         else:
             self.index = max(self.index, place + 1 - self.begin)
         if self.index >= self.left():
-            self.run.ended = True
-            self.run.clear()
+            self.stop()
+
+    def stop(self) -> None:
+        """The generation is over: its last step made, its loop left, or another one begun."""
+        self.run.ended = True
+        self.run.clear()
 
 
 class Schedules:

@@ -113,7 +113,7 @@ def _replicate(override: Override, args: Any, kwargs: Any) -> Any:
 def _after(told: Told) -> Any:
     def handler(override: Override, args: Any, kwargs: Any) -> Any:
         result = override.original(*args, **kwargs)
-        told(override.owner, args, kwargs)
+        told(override.owner, result, args, kwargs)
         return result
 
     return handler

@@ -303,6 +303,9 @@ class Session:
             FRAME.reset(token)
             frame.account()
         self._leave(root, frame, out)
+        if step.phase == "denoise" and step.run.slots and self.policies_at(site):
+            # a caller may write to what it gets, a policy may have kept it
+            out = tree.transform(lambda _, t: t.clone(), out)
         return out
 
     def _begin(self, root: Root, frame: Frame, seam: Seam, args: Any, kwargs: Any) -> Any:

@@ -1,10 +1,13 @@
 """Where a generation stands, with pipelines that enter a schedule late, leave it early, copy or
 share their scheduler, or are given other models."""
 
+import contextlib
 import copy
 import gc
+import math
 import pickle
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -15,6 +18,8 @@ from diffusers import (
     DDPMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
+    KDPM2DiscreteScheduler,
     PNDMScheduler,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPanoramaPipeline,
@@ -31,6 +36,7 @@ from accelerate_hooks.policies import LazyStep
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The configuration file of the unet:FutureWarning",
     "ignore:__array__ implementation:DeprecationWarning",
+    "ignore:__array_wrap__ must accept:DeprecationWarning",
 )
 WIDTH = 24
 PLAIN = {"steps_offset": 1, "clip_sample": False}
@@ -50,6 +56,10 @@ class Look(ah.Policy):
     def around(self, call):
         SEEN.append(call.step)
         return call.proceed()
+
+
+class Loop(SimpleNamespace):
+    """Looks like a pipeline."""
 
 
 SEEN = []
@@ -389,3 +399,138 @@ def test_a_replaced_block_is_named(told_by):
         getattr(session, told_by)()
     assert "transformer_blocks.1" in str(session.report())
     session.disable()
+
+
+# -- other people's loops --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("predictor", ["hold", "linear"])
+def test_a_caller_may_write_to_what_it_gets(predictor):
+    """`eps = model(x, t)[0]; eps *= 2` is `eps = model(x, t)[0] * 2`."""
+    model, inputs = TINY["dit"].build(), TINY["dit"].inputs(1)
+    policy = LazyStep(
+        criterion="cadence", every=3, warmup=2, cooldown=0, predictor=predictor, corrector=False
+    )
+    made = []
+    for inplace in (False, True):
+        outputs = []
+        with torch.no_grad(), ah.enable(model, policy) as session:
+            for t in range(9, 0, -1):
+                out = model(**inputs | {"timestep": torch.tensor([t])})[0]
+                outputs.append(out.mul_(1.5) if inplace else out * 1.5)
+            assert session.report().to_dict()["totals"]["skipped"] > 3
+        made.append(outputs)
+    assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
+
+
+@pytest.mark.parametrize("declared", [False, True])
+def test_a_branch_that_comes_and_goes_under_the_same_prompt_is_doubted(declared):
+    """With the picture and without: one prompt for both calls, one of them in some steps only."""
+    model = unet(in_channels=8)
+    with torch.no_grad():
+        model.conv_in.weight[:, 4:] *= 20
+    prompt, picture, none = (
+        torch.randn(1, 5, WIDTH),
+        torch.randn(1, 4, 8, 8),
+        torch.zeros(1, 4, 8, 8),
+    )
+
+    def ask(t, what):
+        return model(torch.cat([x, what], 1), t, encoder_hidden_states=prompt)[0]
+
+    x, times = torch.randn(1, 4, 8, 8), torch.linspace(900, 50, 12)
+    policy = LazyStep(criterion="cadence", every=2, warmup=1, cooldown=0)
+    with torch.no_grad(), ah.enable(model, policy) as session:
+        with session.run(total=12) if declared else contextlib.nullcontext():
+            for i, t in enumerate(times):
+                if 3 <= i < 9:
+                    got = ask(t, none)
+                    with session.paused():
+                        wanted = ask(t, none)
+                    assert i == 3 or torch.equal(got, wanted), i
+                x = x - 0.05 * ask(t, picture)
+        # a bare loop takes the second call of a timestep for another run
+        assert not declared or "number of calls a timestep" in str(session.report())
+
+
+@pytest.mark.parametrize("how", ["raise", "interrupt"])
+def test_an_unfinished_pipeline_leaves_nothing_to_the_next_one(how):
+    """The other one has a scheduler of its own, which is not heard, and the same prompt tensors."""
+    pipe = pipeline(StableDiffusionPipeline, DDIMScheduler(**PLAIN))
+    model, prompt = pipe.unet, torch.randn(2, 5, WIDTH)
+
+    def stop(pipe, i, t, tensors):
+        if i == 3 and how == "raise":
+            raise KeyboardInterrupt
+        pipe._interrupt = i >= 3
+        return tensors
+
+    policy = LazyStep(criterion="cadence", every=2, warmup=1, cooldown=0, corrector=False)
+    with torch.no_grad(), ah.enable(pipe, policy) as session:
+        with contextlib.suppress(KeyboardInterrupt):
+            generate(pipe, callback_on_step_end=stop)
+        runs = [run for root in session.roots for run in root.recogniser.runs()]
+        assert not any(run.slots for run in runs) and session.schedules.current.get().run.ended
+        x, t = torch.randn(2, 4, 8, 8), torch.tensor(0.25)
+        got = model(x, t, encoder_hidden_states=prompt)[0]
+        with session.paused():
+            assert torch.equal(got, model(x, t, encoder_hidden_states=prompt)[0])
+
+
+def test_a_loop_that_steps_without_its_scheduler_is_told_by_its_timesteps():
+    model, inputs = TINY["flux"].build(), TINY["flux"].inputs(1)
+    scheduler = FlowMatchEulerDiscreteScheduler()
+
+    policy, kept = LazyStep(scope="site", criterion="cadence", every=2, cooldown=0), []
+    pipe = Loop(transformer=model, scheduler=scheduler, components={})
+    with torch.no_grad(), ah.enable(pipe, policy) as session:
+        scheduler.set_timesteps(12)
+        for t in scheduler.timesteps:
+            model(**inputs | {"timestep": t.expand(1) / 1000})
+            kept.append(session.tally.bytes_now())
+        assert session.report().to_dict()["totals"]["skipped"] > 10
+    assert kept[-1] == kept[5]
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_scheduler_of_the_users_own_may_lack_what_diffusers_has(broken):
+    model, inputs = TINY["dit"].build(), TINY["dit"].inputs(1)
+
+    class Mine:
+        def set_timesteps(self, count):
+            self.timesteps = "soon" if broken else torch.arange(count, 0, -1)
+
+        def step(self, out, t, x):
+            return x
+
+    pipe = Loop(transformer=model, scheduler=Mine(), components={})
+    with torch.no_grad(), ah.enable(pipe, CADENCE) as session:
+        pipe.scheduler.set_timesteps(6)
+        if broken:
+            assert "Mine does not tell its noise levels" in str(session.report())
+            return
+        for t in pipe.scheduler.timesteps:
+            pipe.scheduler.step(model(**inputs | {"timestep": t.expand(1)}), t, None)
+        assert session.report().to_dict()["runs"]["signals"] == {"scheduler": 1}
+
+
+@pytest.mark.parametrize("kind", [KDPM2DiscreteScheduler, KDPM2AncestralDiscreteScheduler])
+@pytest.mark.parametrize("steps", [7, 10, 20])
+def test_levels_between_the_sigmas_are_those_that_the_model_sees(kind, steps):
+    """And timesteps that go up and down are one run."""
+    pipe = pipeline(StableDiffusionPipeline, kind(steps_offset=1))
+    seen = []
+    scale = pipe.scheduler.scale_model_input
+
+    def scaled(x, t):
+        out = scale(x, t)
+        ratio = (x.norm() / out.norm()).item()
+        seen.append(math.sqrt(max(ratio**2 - 1, 0)))
+        return out
+
+    pipe.scheduler.scale_model_input = scaled
+    with torch.no_grad(), ah.enable(pipe, Look()) as session:
+        generate(pipe, steps=steps)
+        assert session.report().to_dict()["runs"]["count"] == 1
+    told = [step.noise[1] / step.noise[0] for step in SEEN]
+    assert told == pytest.approx(seen, rel=2e-3)
