@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from accelerate_hooks.opaque import opaque_functions
+from accelerate_hooks.recognise import version_of
 
 Values = tuple[torch.Tensor, ...]
 
@@ -32,12 +33,16 @@ class History:
         self.times: list[float] = []
         self.steps: list[int] = []
         self.values: list[Values] = []
+        self.versions: list[tuple[int, ...]] = []
 
     def __len__(self) -> int:
         return len(self.times)
 
     @property
     def ready(self) -> bool:
+        """Whether there are enough values; none are left where somebody wrote to one of them."""
+        if [_versions(values) for values in self.values] != self.versions:
+            self.clear()
         return len(self.times) > self.order
 
     def add(self, step: int, time: float, values: Values) -> None:
@@ -49,19 +54,19 @@ class History:
             self.clear()
         if time in self.times:
             place = self.times.index(time)
-            for column in (self.times, self.steps, self.values):
+            for column in (self.times, self.steps, self.values, self.versions):
                 del column[place]
         self.times.append(time)
         self.steps.append(step)
         self.values.append(tuple(v.detach() for v in values))
+        self.versions.append(_versions(values))
         extra = len(self.times) - self.order - 1
-        if extra > 0:
-            del self.times[:extra], self.steps[:extra], self.values[:extra]
+        for column in (self.times, self.steps, self.values, self.versions):
+            del column[: max(extra, 0)]
 
     def clear(self) -> None:
-        self.times.clear()
-        self.steps.clear()
-        self.values.clear()
+        for column in (self.times, self.steps, self.values, self.versions):
+            column.clear()
 
     def age(self, step: int) -> int:
         """Steps since the last computed one."""
@@ -87,9 +92,13 @@ class RowHistory:
         self._latest: list[int] = []  # the step of each row's last value
         self._times: list[list[float]] = []  # by row
         self._values: list[Values] = []
+        self._versions: list[tuple[int, ...]] = []
 
     @property
     def ready(self) -> bool:
+        """Whether there are enough values; none are left where somebody wrote to one of them."""
+        if [_versions(values) for values in self._values] != self._versions:
+            self._clear()
         return len(self._values) > self.order
 
     def ages(self, step: int) -> list[int]:
@@ -99,27 +108,35 @@ class RowHistory:
     def add(
         self, step: int, time: float, values: Values, rows: Sequence[bool] | None = None
     ) -> None:
-        """Values of a step at which ``rows`` (all of them) were computed."""
+        """Values of a step at which ``rows`` (all of them) were computed, in place of those of the
+        same time."""
         batch, values = len(values[0]), tuple(v.detach() for v in values)
         if self._values and any(
             a.shape != b.shape or a.dtype != b.dtype or a.device != b.device
             for a, b in zip(self._values[-1], values, strict=True)
         ):
             self._clear()
-        if rows is None or not self.ready:
-            self._values = [*self._values, values][-self.order - 1 :]
-            rows = [True] * batch
-        else:
-            later = [*self._values[1:], values]
-            self._values = [
-                tuple(_choose(rows, a, b) for a, b in zip(new, old, strict=True))
-                for new, old in zip(later, self._values, strict=True)
-            ]
+        ready = self.ready
         self._times = self._times or [[] for _ in range(batch)]
         self._latest = self._latest or [step] * batch
+        rows = [True] * batch if rows is None or not ready else list(rows)
+        again = [bool(times) and times[-1] == time for times in self._times]
+        if all(rows) and all(again) == any(again):
+            keep = self._values[:-1] if all(again) else self._values
+            self._values = [*keep, values][-self.order - 1 :]
+        else:
+            on = [row and not same for row, same in zip(rows, again, strict=True)]
+            later = [
+                tuple(_choose(on, a, b) for a, b in zip(new, old, strict=True))
+                for new, old in zip(self._values[1:], self._values[:-1], strict=True)
+            ]
+            last = tuple(_choose(rows, a, b) for a, b in zip(values, self._values[-1], strict=True))
+            self._values = [*later, last]
+        self._versions = [_versions(kept) for kept in self._values]
         for row in (i for i, computed in enumerate(rows) if computed):
             self._latest[row] = step
-            self._times[row] = [*self._times[row], time][-self.order - 1 :]
+            kept = self._times[row][:-1] if again[row] else self._times[row]
+            self._times[row] = [*kept, time][-self.order - 1 :]
 
     def predict(self, time: float) -> Values:
         by_row = [weights(times, time) for times in self._times]
@@ -131,6 +148,10 @@ class RowHistory:
             torch.stack([v * _column(w, v) for v, w in zip(c, each, strict=True)]).sum(0)
             for c in columns
         )
+
+
+def _versions(values: Values) -> tuple[int, ...]:
+    return tuple(version_of(v) for v in values)
 
 
 def _choose(rows: Sequence[bool], a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

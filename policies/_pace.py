@@ -10,6 +10,7 @@ import torch
 from accelerate_hooks.call import Call
 from accelerate_hooks.history import History, Values
 from accelerate_hooks.opaque import opaque_functions
+from accelerate_hooks.recognise import version_of
 
 _MOST_CORRECTION = 4.0
 
@@ -152,14 +153,14 @@ class State:
             if old is None or now is None or entry is None:
                 continue
             made, version = old
-            if made.shape != now.shape or version != _version(made):
+            if made.shape != now.shape or version != version_of(made):
                 self._entry[i] = None
             elif made is not now and made.data_ptr() != now.data_ptr():
                 self._entry[i] = entry + (now - made)
 
     def leave(self, values: tuple[torch.Tensor | None, ...]) -> None:
         """A computed block of the stack gave these."""
-        self._before = [None if v is None else (v, _version(v)) for v in values]
+        self._before = [None if v is None else (v, version_of(v)) for v in values]
 
     def added(self, values: tuple[torch.Tensor | None, ...]) -> Values | None:
         """What the blocks since the entry have added in all, where that can be told."""
@@ -187,10 +188,6 @@ def change(before: Values, now: Values, metric: str) -> torch.Tensor:
     if metric == "cosine":
         return 1.0 - torch.dot(a, b) / (a.norm() * b.norm()).clamp_min(1e-30)
     return (b - a).abs().sum() / a.abs().sum().clamp_min(1e-30)
-
-
-def _version(tensor: torch.Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
 
 
 opaque_functions(globals())

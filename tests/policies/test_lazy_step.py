@@ -427,21 +427,37 @@ def test_artifacts_are_checked(dit, flux, tmp_path):
 @given(
     order=st.integers(0, 3),
     plan=st.lists(st.lists(st.booleans(), min_size=3, max_size=3), min_size=1, max_size=8),
+    stays=st.lists(st.booleans(), min_size=12, max_size=12),
 )
-def test_rows_have_histories_of_their_own(order, plan):
+def test_rows_have_histories_of_their_own(order, plan, stays):
+    """A second-order solver stays at a time for two evaluations."""
+    clock = list(itertools.accumulate(0 if stay else 1 for stay in stays))
     generator = torch.Generator().manual_seed(0)
     together, alone = RowHistory(order), [History(order) for _ in range(3)]
     for step, rows in enumerate([[True] * 3] * (order + 1) + plan):
         values = (torch.randn(3, 2, 4, generator=generator), torch.randn(3, 5, generator=generator))
         if together.ready:
-            got = together.predict(step + 0.5)
+            got = together.predict(clock[step] + 0.5)
             for row, history in enumerate(alone):
-                for a, b in zip(got, history.predict(step + 0.5), strict=True):
+                for a, b in zip(got, history.predict(clock[step] + 0.5), strict=True):
                     assert torch.allclose(a[row : row + 1], b, rtol=1e-4, atol=1e-3)
             assert together.ages(step) == [history.age(step) for history in alone]
-        together.add(step, float(step), values, rows)
+        rows = rows if together.ready else [True] * 3
+        together.add(step, float(clock[step]), values, rows)
         for row in (row for row in range(3) if rows[row]):
-            alone[row].add(step, float(step), tuple(v[row : row + 1] for v in values))
+            alone[row].add(step, float(clock[step]), tuple(v[row : row + 1] for v in values))
+
+
+@pytest.mark.parametrize("make", [History, RowHistory])
+def test_a_history_that_somebody_wrote_to_is_gone(make):
+    history, values = make(1), [torch.randn(2, 3) for _ in range(3)]
+    for step, value in enumerate(values[:2]):
+        history.add(step, float(step), (value,))
+    assert history.ready
+    values[1].mul_(2)
+    assert not history.ready
+    history.add(2, 2.0, (values[2],))
+    assert not history.ready
 
 
 @given(st.integers(0, 4), st.integers(1, 30), st.integers(0, 30), st.integers(1, 4))
