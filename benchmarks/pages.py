@@ -187,7 +187,9 @@ def draft_generations() -> str:
     for row in data["generations"]:
         flops = row["flops_skipped"]
         cells = (
-            row["contestant"], f"{row['speedup']:.2f}x", "-" if flops is None else f"{flops:.0%}",
+            row["contestant"],
+            "{:.2f}x ({:.2f} to {:.2f})".format(row["speedup"], *row["speedup_interval"]),
+            "-" if flops is None else f"{flops:.0%}",
             f"{row['drift']:.3f}", f"{row['psnr_db']:.1f}",
         )  # fmt: skip
         lines.append(cells)
@@ -200,6 +202,7 @@ def draft_wide() -> str:
     if data is None:
         return f"The wide block: {NOT_MEASURED}."
     head = ("tokens", "sparsity", "model", "attention")
+    drifts = ("drift of the draft", "of random blocks", "of an oracle")
     lines = []
     for size in data["wide"]:
         for row in size["rows"]:
@@ -207,9 +210,10 @@ def draft_wide() -> str:
                 f"{size['tokens']:,}", f"{row['sparsity']:g}", f"{row['speedup']:.2f}x",
                 f"{row['attention_speedup']:.2f}x",
                 f"{row['draft_select_reorder_of_dense'] * 100:.1f} %",
+                *(f"{row['quality'][name]['drift']:.4f}" for name in ("draft", "random", "oracle")),
             )  # fmt: skip
             lines.append(cells)
-    return table((*head, "draft, selection, reorder of dense attention"), lines)
+    return table((*head, "draft, selection, reorder of dense attention", *drifts), lines)
 
 
 def expert_layer() -> str:
