@@ -107,6 +107,30 @@ def test_what_is_asked_for_is_kept(scores, seed, rule, sinks):
         assert mask[..., r, r * count_columns // count_rows].all()
 
 
+@given(maps(), SEEDS, RULES, st.floats(0, 1), st.sampled_from([torch.float64, torch.float16]))
+def test_laws_hold_for_scores_that_are_no_numbers(scores, seed, rule, share, dtype):
+    rows, columns = scores.shape[-2:]
+    odd = torch.tensor([math.inf, -math.inf, math.nan, torch.finfo(dtype).max], dtype=dtype)
+    which = torch.randint(0, 8, scores.shape, generator=seeded(seed))
+    scores = torch.where(which < 4, odd[which % 4], scores.to(dtype))
+    if columns and rows:
+        scores[..., rows // 2, :] = odd[seed % 4]
+    visible = torch.rand(rows, columns, generator=seeded(seed + 1)) < 0.7
+    dense = torch.rand(columns, generator=seeded(seed + 2)) < 0.2
+    named = {"diagonal": True, "sinks": 1, "visible": visible, "dense_columns": dense}
+    plan = Selection.of(rows, columns, rule, **named)
+    mask = select_blocks(scores, share, rule=rule, **named)
+    assert not (mask & ~visible).any()
+    assert mask[..., (visible & dense) | plan.first].all()
+    assert torch.equal(mask.any(-1), visible.any(-1).expand(mask.shape[:-1]))
+    assert not (mask & ~select_blocks(scores, (share + 1) / 2, rule=rule, **named)).any()
+    if rule == "row" and rows:
+        free = (visible & ~dense).sum(1)
+        count = (free * share - 1e-9).ceil().maximum(plan.first.sum(1))
+        count = count.maximum(((free > 0) & ~(visible & dense).any(1)).long())
+        assert ((mask & ~dense).sum(-1) == count).all()
+
+
 @given(maps(), SEEDS, st.sampled_from(["quantile", "row"]), st.floats(0, 1), st.booleans())
 def test_the_density_is_known_beforehand(scores, seed, rule, share, causal):
     """Blocks kept by name count as chosen: nothing is kept beyond what was asked for."""
@@ -136,6 +160,15 @@ def test_each_head_may_have_a_share_of_its_own(scores, rule, seed):
     mask = select_blocks(scores, shares, rule=rule)
     for head, share in enumerate(shares.tolist()):
         assert torch.equal(mask[:, head], select_blocks(scores[:, head], share, rule=rule))
+
+
+@given(st.integers(0, 10), RULES, st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
+def test_a_share_is_what_its_dtype_can_say(tenths, rule, dtype):
+    """0.1 of 10 columns is one, however 0.1 is rounded."""
+    scores = torch.ones(1, 1, 10, 10)
+    wanted = select_blocks(scores, tenths / 10, rule=rule)
+    for share in (torch.tensor([tenths / 10], dtype=dtype), torch.tensor(tenths / 10, dtype=dtype)):
+        assert torch.equal(select_blocks(scores, share, rule=rule), wanted)
 
 
 @given(SEEDS, st.integers(1, 40), st.sampled_from([3, 8]), st.booleans())
@@ -170,6 +203,19 @@ def test_a_draft_compiles_as_one_graph():
     ("call", "words"),
     [
         (lambda: select_blocks(torch.zeros(2, 2), 1.5), "share=1.5"),
+        *(
+            (lambda share=share: select_blocks(torch.zeros(3, 2, 2), share), words)
+            for share, words in (
+                (torch.tensor(1.5), "0 to 1"),
+                (torch.tensor([0.5, -1.0, 0.5]), "0 to 1"),
+                (torch.tensor(math.nan), "0 to 1"),
+                (torch.zeros(2), r"\[3\]"),
+                (torch.zeros(1, 3), r"\[3\]"),
+                (torch.tensor(0.5 + 0j), "0 to 1"),
+                ("0.5", "0 to 1"),
+                (None, "0 to 1"),
+            )
+        ),
         (lambda: select_blocks(torch.zeros(2, 2), 0.5, rule="best"), "quantile, row or mass"),
         (
             lambda: select_blocks(torch.zeros(2, 2), 0.5, dense_rows=torch.ones(3).bool()),
