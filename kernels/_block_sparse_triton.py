@@ -52,10 +52,11 @@ def _kernel(
         if UPCAST:
             keys = keys.to(tl.float32)
         scores = tl.dot(mine, keys, input_precision=PRECISION) * scale
-        seen = (j < m)[None, :]
+        exists = j < m
         if MASKED:
-            kept = tl.load(key_mask + b * m_b + j.to(tl.int64) * m_m, mask=j < m, other=0)
-            seen = seen & (kept != 0)[None, :]
+            kept = tl.load(key_mask + b * m_b + j.to(tl.int64) * m_m, mask=exists, other=0)
+            exists = exists & (kept != 0)
+        seen = exists[None, :]
         if CAUSAL:
             seen = seen & (j[None, :] <= at[:, None])
         scores = tl.where(seen, scores, float("-inf"))
@@ -66,7 +67,7 @@ def _kernel(
         shrink = tl.exp2(top - base)
         values = tl.load(
             v + j.to(tl.int64)[:, None] * v_n + lane[None, :] * v_d,
-            mask=(j < m)[:, None] & (lane < d)[None, :], other=0.0,
+            mask=exists[:, None] & (lane < d)[None, :], other=0.0,
         )  # fmt: skip
         if UPCAST:
             values = values.to(tl.float32)

@@ -62,10 +62,14 @@ def block_sparse_attention(
     ``q`` is ``[B, Hq, N, D]``, ``k`` and ``v`` are ``[B, Hkv, M, D]``: float32, float16 or
     bfloat16, any strides. ``block_mask`` is a bool tensor ``[B or 1, Hq or 1, R, C]`` with
     ``R = ceil(N / block_q)`` and ``C = ceil(M / block_k)``, or (counts, indices) as `to_indices`
-    makes them. ``block_size`` is (queries, keys), or one number for both; the last blocks may be
-    ragged. Causal means ``j <= i``, as in PyTorch. ``scale`` is ``1 / sqrt(D)`` by default. With
-    ``enable_gqa`` head ``h`` of the queries uses head ``h // (Hq / Hkv)`` of keys and values.
-    ``key_mask`` ``[B or 1, M]`` is False at keys that nobody sees (padding).
+    makes them: the first ``counts`` of a row's indices are distinct, in any order, and the rest is
+    not read (on a CPU that is checked). ``block_size`` is (queries, keys), or one number for both;
+    the last blocks may be ragged. Causal means ``j <= i``, as in PyTorch. ``scale`` is
+    ``1 / sqrt(D)`` by default. With ``enable_gqa`` head ``h`` of the queries uses head
+    ``h // (Hq / Hkv)`` of keys and values. ``key_mask`` ``[B or 1, M]`` is False at keys that
+    nobody sees (padding): like those of blocks that are not chosen, they and their values may be
+    anything. (A value in the future, where causal, has weight 0; if it is infinite that is NaN, as
+    in PyTorch.)
     Returns ``[B, Hq, N, D]``, and with ``return_lse`` the log of the sum of exponentials
     ``[B, Hq, N]`` in float32. There is no backward: call it under ``torch.no_grad()``.
     """
@@ -95,7 +99,6 @@ def block_sparse_attention(
         for name, t in (("counts", counts), ("indices", indices)):
             whole = not t.is_floating_point() and t.dtype != torch.bool
             require(whole, f"{name} are {t.dtype}; give integers")
-        counts, indices = counts.int(), indices.int()
     if key_mask is not None:
         require(
             key_mask.dtype == torch.bool
@@ -124,7 +127,9 @@ def to_mask(counts: Tensor, indices: Tensor) -> Tensor:
     """The inverse of `to_indices`."""
     columns = indices.shape[-1]
     chosen = torch.arange(columns, device=counts.device) < counts.unsqueeze(-1)
-    return torch.zeros_like(chosen).scatter_(-1, indices.long(), chosen)
+    where = indices.long().masked_fill(~chosen, columns)
+    mask = chosen.new_zeros((*chosen.shape[:-1], columns + 1))
+    return mask.scatter_(-1, where, True)[..., :columns]
 
 
 def reference(
@@ -145,7 +150,11 @@ def reference(
     scores = (q.to(wide) @ k.transpose(-1, -2) * scale).masked_fill(~seen, -math.inf)
     lse = scores.logsumexp(-1) if m else scores.new_full(scores.shape[:-1], -math.inf)
     weights = (scores - lse.masked_fill(lse == -math.inf, 0.0).unsqueeze(-1)).exp()
-    return (weights @ v).to(q.dtype), lse if with_lse else lse[:, :, :0].clone()
+    out = torch.empty_like(q, dtype=wide)
+    for row in (slice(i, i + block_q) for i in range(0, n, block_q)):
+        unseen = ~seen[:, :, row].any(2).unsqueeze(-1)  # 0 * inf is not 0
+        out[:, :, row] = weights[:, :, row] @ v.masked_fill(unseen, 0.0)
+    return out.to(q.dtype), lse if with_lse else lse[:, :, :0].clone()
 
 
 @operator("block_sparse_attention")
@@ -158,6 +167,7 @@ def _op(
         return q.new_empty(q.shape), q.new_empty(_lse_shape(q, with_lse), dtype=torch.float32)
     if q.device.type == "cpu":
         _check_indices(counts, indices)
+    counts, indices = counts.int(), indices.int()
     given = (q, k, v, counts, indices, key_mask, block_q, block_k, is_causal, scale)
     if use_triton("block_sparse_attention", q.device, _unfit(q, block_q, block_k)):
         from accelerate_hooks.kernels._block_sparse_triton import launch
@@ -217,7 +227,7 @@ def compiled(
         "k": _padded(k.float(), block_k, columns, width)
         .view(batch, kv_heads, columns, block_k, width)
         .mT.contiguous(),
-        "v": _padded(v.float(), block_k, columns, width),
+        "v": _padded(_values(v, key_mask).float(), block_k, columns, width),
         "counts": counts.expand(batch, heads, rows).contiguous(),
         "indices": indices.expand(batch, heads, rows, columns).contiguous(),
         "kv_head": kv_head.int(),
@@ -243,6 +253,11 @@ def _padded(t: Tensor, size: int, count: int, d: int | None = None) -> Tensor:
     """``[B, H, tokens, D]``, filled with zeros to ``count`` blocks and a width of ``d``."""
     missing = (0, (d or t.shape[3]) - t.shape[3], 0, size * count - t.shape[2])
     return torch.nn.functional.pad(t, missing) if any(missing) else t.contiguous()
+
+
+def _values(v: Tensor, key_mask: Tensor | None) -> Tensor:
+    """Nothing where nobody looks: a weight of 0 does not hide what is not finite."""
+    return v if key_mask is None else v.where(key_mask[:, None, :, None], 0.0)
 
 
 def _unfit_for_c(block_k: int) -> str | None:
@@ -272,7 +287,7 @@ def gathered(
         _padded(t, size, count).view(batch * t.shape[1] * count, size * d)
         for t, size, count in (
             (q.float(), block_q, rows), (k.float(), block_k, columns),
-            (v.to(weight_dtype), block_k, columns),
+            (_values(v, key_mask).to(weight_dtype), block_k, columns),
         )
     )  # fmt: skip
     out_blocks = out.view(-1, block_q, d)
@@ -385,6 +400,9 @@ def _check_indices(counts: Tensor, indices: Tensor) -> None:
         bool(((counts >= 0) & (counts <= columns)).all()) and not bool(wrong.any()),
         f"counts or indices point outside the {columns} blocks of keys",
     )
+    falls = chosen[..., 1:] & (indices[..., 1:] <= indices[..., :-1])
+    ok = not bool(falls.any()) or torch.equal(to_mask(counts, indices).sum(-1), counts.long())
+    require(ok, "indices name a block twice; give each block of keys once a row")
 
 
 def _check_mask(shape: tuple[int, ...], full: tuple[int, ...], name: str) -> None:

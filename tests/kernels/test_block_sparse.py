@@ -272,6 +272,26 @@ def test_indices_and_masks_are_inverse(seed, rows, columns):
     assert counts.dtype == indices.dtype == torch.int32
 
 
+@given(st.integers(0, 2**31), st.integers(1, 4), st.integers(1, 9))
+def test_what_stands_behind_the_chosen_is_nobodys(seed, rows, columns):
+    """Padding of any kind, and any order."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(2, 3, rows, columns, generator=generator) < 0.5
+    counts = mask.sum(-1)
+    order = (torch.rand(mask.shape, generator=generator) - 2.0 * mask).argsort(-1)
+    padding = torch.randint(-9, 19, mask.shape, generator=generator)
+    indices = order.where(torch.arange(columns) < counts.unsqueeze(-1), padding)
+    assert torch.equal(block_sparse.to_mask(counts, indices), mask)
+    q, k, v = (
+        torch.randn(2, 3, n, 8, generator=generator) for n in (rows * 16, *[columns * 16] * 2)
+    )
+    wanted = block_sparse_attention(q, k, v, mask, block_size=16)
+    for dtype in (torch.float32, torch.float64):
+        given_ = [t.to(dtype) for t in (q, k, v)]
+        got = block_sparse_attention(*given_, (counts, indices), block_size=16)
+        torch.testing.assert_close(got.float(), wanted)
+
+
 def test_indices_in_the_place_of_a_mask():
     q, k, v = qkv()
     mask = torch.rand(2, 1, 3, 3, generator=torch.Generator().manual_seed(1)) < 0.6
@@ -292,6 +312,12 @@ def test_indices_of_any_integer_and_none_outside():
     for wrong in ((full[0], full[1] + 1), (full[0], full[1] - 1), (full[0] + 1, full[1])):
         with pytest.raises(KernelError, match="outside the 3 blocks"):
             block_sparse_attention(q, k, v, wrong)
+    with pytest.raises(KernelError, match="outside the 3 blocks"):
+        block_sparse_attention(q, k, v, (full[0], full[1].long() + (1 << 32)))
+    twice = full[1].clone()
+    twice[1, 2, 0] = torch.tensor([0, 2, 0])
+    with pytest.raises(KernelError, match="name a block twice"):
+        block_sparse_attention(q, k, v, (full[0], twice))
     with pytest.raises(KernelError, match="give integers"):
         block_sparse_attention(q, k, v, (counts.float(), indices))
 
@@ -310,15 +336,28 @@ def test_the_default_dtype_is_the_users(dtype):
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 
-@pytest.mark.parametrize("path", ["compiled", "gathered", "reference"])
-def test_a_hidden_key_may_be_nan(path, compiler):
-    q, k, v = qkv(n=64)
-    k[:, :, 40:] = math.nan
-    kept = torch.arange(64).expand(2, -1) < 40
-    mask = torch.ones(2, 3, 2, 2, dtype=torch.bool)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("path", ["compiled", "gathered", "reference", "triton"])
+@pytest.mark.filterwarnings("ignore:invalid value")  # of the interpreter
+def test_what_is_not_seen_is_not_read(path, bad, compiler):
+    """Neither keys nor values of blocks that are not chosen, or of padding."""
+    if path == "triton" and not interpreted():
+        pytest.skip("needs TRITON_INTERPRET=1 (make test sets it)")
+    run = poisoned if path == "triton" else lambda p: getattr(block_sparse, path)(*p.with_lse())
+    q, k, v = qkv(n=96)
+    kept = torch.arange(96).expand(2, -1) % 32 < torch.tensor([[20], [32]])
+    mask = torch.tensor([[1, 1, 0], [1, 0, 1], [1, 0, 0]]).bool().expand(2, 3, 3, 3)
     p = Problem(q, k, v, mask, (32, 32), False, 0.2, kept)
-    out, _ = getattr(block_sparse, path)(*p.with_lse())
-    assert out.isfinite().all()
+    wanted = run(p)
+    for t in (k, v):
+        t[0, :, ~kept[0]] = bad
+    for got, want in zip(run(p), wanted, strict=True):
+        assert torch.equal(got, want)
+    for t in (k, v):
+        t[:, :, 40] = bad
+    for got, want in zip(run(p), wanted, strict=True):
+        assert not got[:, :, :32].isfinite().all()
+        assert torch.equal(got[:, :, 32:], want[:, :, 32:])
 
 
 def test_no_heads_are_no_work():
