@@ -10,6 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 from accelerate_hooks.kernels import _native as native
 
@@ -42,6 +44,17 @@ class KernelError(ValueError):
 def require(ok: bool, message: str) -> None:
     if not ok:
         raise KernelError(message)
+
+
+def require_no_gradient(op: str, *tensors: Tensor | None) -> None:
+    recorded = torch.is_grad_enabled()
+    for t in tensors:
+        if t is None:
+            continue
+        if recorded and t.requires_grad:
+            raise KernelError(f"{op} has no backward; call it under torch.no_grad()")
+        if forward_ad.unpack_dual(t).tangent is not None:
+            raise KernelError(f"{op} has no derivative; call it without tangents (jvp, make_dual)")
 
 
 def wanted() -> str:

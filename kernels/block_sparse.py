@@ -21,7 +21,13 @@ import torch
 from torch import Tensor
 
 from accelerate_hooks.kernels import _native as native
-from accelerate_hooks.kernels._dispatch import operator, require, use_native, use_triton
+from accelerate_hooks.kernels._dispatch import (
+    operator,
+    require,
+    require_no_gradient,
+    use_native,
+    use_triton,
+)
 
 BlockMask = Tensor | tuple[Tensor, Tensor]
 _LOG2E = 1.4426950408889634
@@ -385,10 +391,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, bq: int, bk: int, gqa: bool) -> None
         require(hkv > 0 and hq % hkv == 0, f"{shapes}: Hq must be a multiple of Hkv")
     else:
         require(hq == hkv, f"{shapes}: other numbers of heads; say enable_gqa=True for groups")
-    require(
-        not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)),
-        "block_sparse_attention has no backward; call it under torch.no_grad()",
-    )
+    require_no_gradient("block_sparse_attention", q, k, v)
 
 
 def _check_indices(counts: Tensor, indices: Tensor) -> None:

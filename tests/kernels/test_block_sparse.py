@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 
 from accelerate_hooks.kernels import KernelError, _native, block_sparse, block_sparse_attention
 from accelerate_hooks.kernels._dispatch import FALLBACKS, interpreted
@@ -416,6 +417,23 @@ def test_gradients_are_refused():
         block_sparse_attention(q.requires_grad_(), k, v, mask)
     with torch.no_grad():
         block_sparse_attention(q, k, v, mask)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")  # of jvp itself
+@pytest.mark.parametrize("place", range(3))
+def test_tangents_are_refused(place):
+    given_ = qkv()
+    mask = torch.ones(1, 1, 3, 3, dtype=torch.bool)
+
+    def attend(t):
+        return block_sparse_attention(*given_[:place], t, *given_[place + 1 :], mask)
+
+    with pytest.raises(KernelError, match="no derivative"):
+        torch.func.jvp(attend, (given_[place],), (given_[place],))
+    with forward_ad.dual_level(), torch.no_grad():
+        with pytest.raises(KernelError, match="no derivative"):
+            attend(forward_ad.make_dual(given_[place], given_[place]))
+        attend(given_[place])
 
 
 def test_what_triton_cannot_take_is_counted(monkeypatch):
