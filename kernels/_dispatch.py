@@ -41,9 +41,11 @@ class KernelError(ValueError):
     """What an op was given does not fit together; the message says what, why and what would."""
 
 
-def require(ok: bool, message: str) -> None:
+def require(ok: bool, message: str | Callable[[], str]) -> None:
+    """A message that tells sizes is a function: where `torch.compile` traces they may be symbols,
+    which cannot be written."""
     if not ok:
-        raise KernelError(message)
+        raise KernelError(message if isinstance(message, str) else message())
 
 
 def require_no_gradient(op: str, *tensors: Tensor | None) -> None:

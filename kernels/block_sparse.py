@@ -82,7 +82,7 @@ def block_sparse_attention(
     sizes = (block_size, block_size) if isinstance(block_size, int) else block_size
     require(
         isinstance(sizes, tuple) and len(sizes) == 2 and all(type(b) is int for b in sizes),
-        f"block_size={block_size!r}; give an integer, or (queries, keys)",
+        lambda: f"block_size={block_size!r}; give an integer, or (queries, keys)",
     )
     bq, bk = sizes
     _check(q, k, v, bq, bk, enable_gqa)
@@ -109,8 +109,10 @@ def block_sparse_attention(
         require(
             key_mask.dtype == torch.bool
             and key_mask.shape in ((len(q), k.shape[2]), (1, k.shape[2])),
-            f"key_mask is {key_mask.dtype} {tuple(key_mask.shape)}; give bools "
-            f"[{len(q)} or 1, {k.shape[2]}]",
+            lambda: (
+                f"key_mask is {key_mask.dtype} {tuple(key_mask.shape)}; give bools "
+                f"[{len(q)} or 1, {k.shape[2]}]"
+            ),
         )
         key_mask = key_mask.expand(len(q), -1)
     scale = 1.0 / math.sqrt(max(q.shape[3], 1)) if scale is None else scale
@@ -373,24 +375,31 @@ def _unfit(q: Tensor, block_q: int, block_k: int) -> str | None:
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, bq: int, bk: int, gqa: bool) -> None:
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    require(q.ndim == k.ndim == v.ndim == 4, f"{shapes}: give [batch, heads, tokens, head size]")
-    require(k.shape == v.shape, f"{shapes}: k and v differ in shape")
-    require(
+    def fit(ok: bool, message: str) -> None:
+        require(
+            ok, lambda: f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: {message}"
+        )
+
+    fit(q.ndim == k.ndim == v.ndim == 4, "give [batch, heads, tokens, head size]")
+    fit(k.shape == v.shape, "k and v differ in shape")
+    fit(
         q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3],
-        f"{shapes}: batch and head size must be those of q",
+        "batch and head size must be those of q",
     )
     require(
         q.dtype == k.dtype == v.dtype and q.is_floating_point(),
-        f"q {q.dtype}, k {k.dtype}, v {v.dtype}: give one floating-point dtype",
+        lambda: f"q {q.dtype}, k {k.dtype}, v {v.dtype}: give one floating-point dtype",
     )
-    require(q.device == k.device == v.device, f"q, k, v are on {q.device}, {k.device}, {v.device}")
-    require(bq > 0 and bk > 0, f"block_size=({bq}, {bk}): give positive numbers")
+    require(
+        q.device == k.device == v.device,
+        lambda: f"q, k, v are on {q.device}, {k.device}, {v.device}",
+    )
+    require(bq > 0 and bk > 0, lambda: f"block_size=({bq}, {bk}): give positive numbers")
     hq, hkv = q.shape[1], k.shape[1]
     if gqa:
-        require(hkv > 0 and hq % hkv == 0, f"{shapes}: Hq must be a multiple of Hkv")
+        fit(hkv > 0 and hq % hkv == 0, "Hq must be a multiple of Hkv")
     else:
-        require(hq == hkv, f"{shapes}: other numbers of heads; say enable_gqa=True for groups")
+        fit(hq == hkv, "other numbers of heads; say enable_gqa=True for groups")
     require_no_gradient("block_sparse_attention", q, k, v)
 
 
@@ -411,4 +420,4 @@ def _check_indices(counts: Tensor, indices: Tensor) -> None:
 def _check_mask(shape: tuple[int, ...], full: tuple[int, ...], name: str) -> None:
     fits = len(shape) == len(full) and shape[2:] == full[2:]
     fits = fits and all(have in (1, want) for have, want in zip(shape[:2], full[:2], strict=True))
-    require(fits, f"{name} is {shape}; give {full}, or 1 in the place of batch or heads")
+    require(fits, lambda: f"{name} is {shape}; give {full}, or 1 in the place of batch or heads")

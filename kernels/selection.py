@@ -149,7 +149,9 @@ def select_blocks(
     """
     require(
         scores.ndim >= 2 and scores.is_floating_point(),
-        f"scores are {scores.dtype} {tuple(scores.shape)}; give floats [..., rows, columns]",
+        lambda: (
+            f"scores are {scores.dtype} {tuple(scores.shape)}; give floats [..., rows, columns]"
+        ),
     )
     _check_share(share, scores.shape[:-2])
     rows, columns = scores.shape[-2:]
@@ -234,11 +236,14 @@ def _check_share(share: float | Tensor, lead: tuple[int, ...]) -> None:
     """Values of a tensor are read on a CPU only: elsewhere this would wait for them."""
     if not isinstance(share, Tensor):
         ok = isinstance(share, Real) and 0.0 <= share <= 1.0
-        require(ok, f"share={share!r} is out of range; give 0 to 1")
+        require(ok, lambda: f"share={share!r} is out of range; give 0 to 1")
         return
     fits = share.ndim <= len(lead)
     fits = fits and all(a in (1, b) for a, b in zip(share.shape[::-1], lead[::-1], strict=False))
-    require(fits, f"share is {tuple(share.shape)}; give a number, or a tensor for {list(lead)}")
+    require(
+        fits,
+        lambda: f"share is {tuple(share.shape)}; give a number, or a tensor for {list(lead)}",
+    )
     ok = not share.is_complex()
     if ok and share.device.type == "cpu" and not torch.compiler.is_compiling():
         ok = bool(((share >= 0) & (share <= 1)).all())
@@ -250,7 +255,9 @@ def _fits(given: Tensor | None, shape: tuple[int, ...], default: bool, name: str
         return torch.full(shape, default)
     require(
         given.dtype == torch.bool and given.shape == shape and given.device.type == "cpu",
-        f"{name} is {given.dtype} {tuple(given.shape)} on {given.device}; give bools "
-        f"{list(shape)} on the host",
+        lambda: (
+            f"{name} is {given.dtype} {tuple(given.shape)} on {given.device}; give bools "
+            f"{list(shape)} on the host"
+        ),
     )
     return given

@@ -41,20 +41,26 @@ def window_attention(
     `block_sparse_attention`; causal needs a grid of one axis.
     """
     grid = (q.shape[2],) if grid is None else grid
-    require(1 <= len(grid) <= 3, f"grid={grid}: give one to three axes")
+    require(1 <= len(grid) <= 3, lambda: f"grid={grid}: give one to three axes")
     tile = TILES[len(grid)] if tile is None else tile
     window = (window,) * len(grid) if isinstance(window, int) else window
     require(
         len(tile) == len(window) == len(grid) and all(t > 0 for t in tile),
-        f"grid={grid}, tile={tile}, window={window}: give as many axes for all, tiles of 1 or more",
+        lambda: (
+            f"grid={grid}, tile={tile}, window={window}: give as many axes for all, tiles of 1 or "
+            "more"
+        ),
     )
-    require(all(w >= 0 for w in window), f"window={window}: give 0 or more tokens")
+    require(all(w >= 0 for w in window), lambda: f"window={window}: give 0 or more tokens")
     require(
         q.ndim == 4 and q.shape[2] == k.shape[2] == math.prod(grid),
-        f"q {tuple(q.shape)}, k {tuple(k.shape)}: give the {math.prod(grid)} tokens of grid={grid}",
+        lambda: (
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}: give the {math.prod(grid)} tokens of "
+            f"grid={grid}"
+        ),
     )
-    require(all(size > 0 for size in grid), f"grid={grid}: give sizes of 1 or more")
-    require(not is_causal or len(grid) == 1, f"is_causal needs one axis, and grid={grid}")
+    require(all(size > 0 for size in grid), lambda: f"grid={grid}: give sizes of 1 or more")
+    require(not is_causal or len(grid) == 1, lambda: f"is_causal needs one axis, and grid={grid}")
     order = tile_order(grid, tile)
     near = window_blocks(grid, tile, window).to(q.device)
     if order is not None:

@@ -13,8 +13,10 @@ from accelerate_hooks.kernels import (
     Selection,
     attention_mass,
     block_sparse_attention,
+    esap,
     pool_tokens,
     select_blocks,
+    window_attention,
 )
 
 SEEDS = st.integers(0, 2**31)
@@ -197,6 +199,23 @@ def test_a_draft_compiles_as_one_graph():
 
     compiled = torch.compile(sparse, fullgraph=True)
     torch.testing.assert_close(compiled(q, k, v), sparse(q, k, v))
+
+
+@pytest.mark.slow
+def test_a_graph_takes_any_length():
+    def sparse(q, k, v):
+        n = q.shape[2]
+        a, b = (pool_tokens(t, (n,), (16,)) for t in (q, k))
+        mask = select_blocks((a @ b.mT).softmax(-1), 0.5, rule="row", diagonal=True)
+        out = block_sparse_attention(q, k, v, mask, block_size=16, is_causal=True)
+        wide = window_attention(q, k, v, 20, tile=(16,), key_mask=q[:, 0, :, 0] < 1)
+        return out + wide, attention_mass(q, k, 16), esap(q, k)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(sparse, fullgraph=True, backend="eager")
+    for tokens in (64, 96, 70, 33):
+        q, k, v = torch.randn(3, 1, 2, tokens, 8, generator=seeded(tokens)).unbind(0)
+        torch.testing.assert_close(compiled(q, k, v), sparse(q, k, v))
 
 
 @pytest.mark.parametrize(
