@@ -48,6 +48,19 @@ def require(ok: bool, message: str | Callable[[], str]) -> None:
         raise KernelError(message if isinstance(message, str) else message())
 
 
+def described(given: object) -> str:
+    """What an argument is, for a message."""
+    if isinstance(given, Tensor):
+        return f"{given.dtype} {tuple(given.shape)} on {given.device}"
+    return f"a {type(given).__name__}"
+
+
+def are_sizes(given: object) -> bool:
+    """Whether this is a tuple (or list) of integers."""
+    whole = (int, torch.SymInt)
+    return isinstance(given, tuple | list) and all(isinstance(size, whole) for size in given)
+
+
 def require_no_gradient(op: str, *tensors: Tensor | None) -> None:
     recorded = torch.is_grad_enabled()
     for t in tensors:

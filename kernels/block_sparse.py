@@ -22,6 +22,7 @@ from torch import Tensor
 
 from accelerate_hooks.kernels import _native as native
 from accelerate_hooks.kernels._dispatch import (
+    described,
     operator,
     require,
     require_no_gradient,
@@ -85,35 +86,27 @@ def block_sparse_attention(
         lambda: f"block_size={block_size!r}; give an integer, or (queries, keys)",
     )
     bq, bk = sizes
-    _check(q, k, v, bq, bk, enable_gqa)
-    rows, columns = math.ceil(q.shape[2] / bq), math.ceil(k.shape[2] / bk)
-    if isinstance(block_mask, Tensor):
-        require(
-            block_mask.dtype == torch.bool,
-            f"block_mask is {block_mask.dtype}; give bools (True: attend), or (counts, indices)",
-        )
-        _check_mask(tuple(block_mask.shape), (*q.shape[:2], rows, columns), "block_mask")
-        counts, indices = to_indices(block_mask)
+    check(q, k, v, bq, bk, enable_gqa)
+    require_no_gradient("block_sparse_attention", q, k, v)
+    full = (*q.shape[:2], math.ceil(q.shape[2] / bq), math.ceil(k.shape[2] / bk))
+    if isinstance(block_mask, tuple) and len(block_mask) == 2:
+        counts, indices = block_mask
+        _check_whole(counts, "counts")
+        _check_mask(counts, full[:3], q.device, "counts")
+        _check_whole(indices, "indices")
+        _check_mask(indices, (*counts.shape, full[3]), q.device, "indices")
     else:
         require(
-            isinstance(block_mask, tuple) and len(block_mask) == 2,
-            f"block_mask is {type(block_mask).__name__}; give a bool tensor, or (counts, indices)",
-        )
-        counts, indices = block_mask
-        _check_mask(tuple(counts.shape), (*q.shape[:2], rows), "counts")
-        _check_mask(tuple(indices.shape), (*counts.shape, columns), "indices")
-        for name, t in (("counts", counts), ("indices", indices)):
-            whole = not t.is_floating_point() and t.dtype != torch.bool
-            require(whole, f"{name} are {t.dtype}; give integers")
-    if key_mask is not None:
-        require(
-            key_mask.dtype == torch.bool
-            and key_mask.shape in ((len(q), k.shape[2]), (1, k.shape[2])),
+            isinstance(block_mask, Tensor) and block_mask.dtype == torch.bool,
             lambda: (
-                f"key_mask is {key_mask.dtype} {tuple(key_mask.shape)}; give bools "
-                f"[{len(q)} or 1, {k.shape[2]}]"
+                f"block_mask is {described(block_mask)}; give bools (True: attend), or "
+                "(counts, indices)"
             ),
         )
+        _check_mask(block_mask, full, q.device, "block_mask")
+        counts, indices = to_indices(block_mask)
+    if key_mask is not None:
+        check_key_mask(key_mask, k)
         key_mask = key_mask.expand(len(q), -1)
     scale = 1.0 / math.sqrt(max(q.shape[3], 1)) if scale is None else scale
     out, lse = torch.ops.accelerate_hooks.block_sparse_attention(
@@ -374,7 +367,7 @@ def _unfit(q: Tensor, block_q: int, block_k: int) -> str | None:
     return None
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, bq: int, bk: int, gqa: bool) -> None:
+def check(q: Tensor, k: Tensor, v: Tensor, bq: int, bk: int, gqa: bool) -> None:
     def fit(ok: bool, message: str) -> None:
         require(
             ok, lambda: f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: {message}"
@@ -400,7 +393,19 @@ def _check(q: Tensor, k: Tensor, v: Tensor, bq: int, bk: int, gqa: bool) -> None
         fit(hkv > 0 and hq % hkv == 0, "Hq must be a multiple of Hkv")
     else:
         fit(hq == hkv, "other numbers of heads; say enable_gqa=True for groups")
-    require_no_gradient("block_sparse_attention", q, k, v)
+
+
+def check_key_mask(key_mask: Tensor, k: Tensor) -> None:
+    batch, tokens = len(k), k.shape[2]
+    require(
+        isinstance(key_mask, Tensor)
+        and key_mask.dtype == torch.bool
+        and key_mask.shape in ((batch, tokens), (1, tokens))
+        and key_mask.device == k.device,
+        lambda: (
+            f"key_mask is {described(key_mask)}; give bools [{batch} or 1, {tokens}] on {k.device}"
+        ),
+    )
 
 
 def _check_indices(counts: Tensor, indices: Tensor) -> None:
@@ -417,7 +422,14 @@ def _check_indices(counts: Tensor, indices: Tensor) -> None:
     require(ok, "indices name a block twice; give each block of keys once a row")
 
 
-def _check_mask(shape: tuple[int, ...], full: tuple[int, ...], name: str) -> None:
+def _check_whole(t: Tensor, name: str) -> None:
+    whole = isinstance(t, Tensor) and not t.is_floating_point() and t.dtype != torch.bool
+    require(whole, lambda: f"{name} are {described(t)}; give integers")
+
+
+def _check_mask(t: Tensor, full: tuple[int, ...], device: torch.device, name: str) -> None:
+    shape = tuple(t.shape)
     fits = len(shape) == len(full) and shape[2:] == full[2:]
     fits = fits and all(have in (1, want) for have, want in zip(shape[:2], full[:2], strict=True))
     require(fits, lambda: f"{name} is {shape}; give {full}, or 1 in the place of batch or heads")
+    require(t.device == device, lambda: f"{name} is on {t.device}, and q on {device}")

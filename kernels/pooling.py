@@ -15,7 +15,7 @@ import math
 import torch.nn.functional as F
 from torch import Tensor
 
-from accelerate_hooks.kernels._dispatch import require
+from accelerate_hooks.kernels._dispatch import are_sizes, require
 
 
 def pool_tokens(x: Tensor, grid: tuple[int, ...], region: tuple[int, ...]) -> Tensor:
@@ -23,8 +23,8 @@ def pool_tokens(x: Tensor, grid: tuple[int, ...], region: tuple[int, ...]) -> Te
     two or three axes. Returns ``[..., prod(ceil(grid / region)), D]`` in raster order of the
     regions and the dtype of ``x``; sums are in float32 (float64 for float64)."""
     require(
-        isinstance(grid, tuple) and isinstance(region, tuple),
-        lambda: f"grid={grid!r}, region={region!r}: give tuples",
+        are_sizes(grid) and are_sizes(region),
+        lambda: f"grid={grid!r}, region={region!r}: give tuples of integers",
     )
     require(
         1 <= len(grid) == len(region) <= 3,

@@ -23,7 +23,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from accelerate_hooks.kernels._dispatch import require
+from accelerate_hooks.kernels._dispatch import described, require
+from accelerate_hooks.kernels.block_sparse import check, check_key_mask
 
 Rule = Literal["quantile", "row", "mass"]
 
@@ -181,6 +182,10 @@ def attention_mass(
     ``[B or 1, M]`` False at keys that nobody sees. It costs what dense scores cost, a few
     rows at a time: for audits, oracles and fitting.
     """
+    require(type(block) is int and block > 0, lambda: f"block={block!r}; give a positive integer")
+    check(q, k, k, block, block, True)
+    if key_mask is not None:
+        check_key_mask(key_mask, k)
     (batch, heads, n, d), m = q.shape, k.shape[2]
     rows, columns = math.ceil(n / block), math.ceil(m / block)
     keys = k.float().repeat_interleave(heads // k.shape[1], 1).transpose(-1, -2)
@@ -197,7 +202,7 @@ def attention_mass(
             scores = scores.masked_fill(~key_mask[:, None, None], -math.inf)
         shares = scores.softmax(-1).nan_to_num(0.0).mean(2)  # nothing seen: no mass
         shares = torch.nn.functional.pad(shares, (0, columns * block - m))
-        parts.append(shares.unflatten(-1, (columns, block)).sum(-1))
+        parts.append(shares.reshape(batch, heads, columns, block).sum(-1))
     return torch.stack(parts, 2) if parts else q.new_zeros((batch, heads, 0, columns)).float()
 
 
@@ -254,10 +259,10 @@ def _fits(given: Tensor | None, shape: tuple[int, ...], default: bool, name: str
     if given is None:
         return torch.full(shape, default)
     require(
-        given.dtype == torch.bool and given.shape == shape and given.device.type == "cpu",
-        lambda: (
-            f"{name} is {given.dtype} {tuple(given.shape)} on {given.device}; give bools "
-            f"{list(shape)} on the host"
-        ),
+        isinstance(given, Tensor)
+        and given.dtype == torch.bool
+        and given.shape == shape
+        and given.device.type == "cpu",
+        lambda: f"{name} is {described(given)}; give bools {list(shape)} on the host",
     )
     return given

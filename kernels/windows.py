@@ -13,8 +13,12 @@ import math
 import torch
 from torch import Tensor
 
-from accelerate_hooks.kernels._dispatch import require
-from accelerate_hooks.kernels.block_sparse import block_sparse_attention
+from accelerate_hooks.kernels._dispatch import are_sizes, require
+from accelerate_hooks.kernels.block_sparse import (
+    block_sparse_attention,
+    check,
+    check_key_mask,
+)
 
 TILES = {1: (128,), 2: (8, 16), 3: (2, 8, 8)}
 
@@ -40,12 +44,19 @@ def window_attention(
     number or one an axis; ``tile`` the shape of a block, 128 tokens by default. The rest is as in
     `block_sparse_attention`; causal needs a grid of one axis.
     """
+    check(q, k, v, 1, 1, enable_gqa)
     grid = (q.shape[2],) if grid is None else grid
-    require(1 <= len(grid) <= 3, lambda: f"grid={grid}: give one to three axes")
+    require(
+        are_sizes(grid) and 1 <= len(grid) <= 3 and all(size >= 0 for size in grid),
+        lambda: f"grid={grid}: give the sizes of one to three axes",
+    )
     tile = TILES[len(grid)] if tile is None else tile
     window = (window,) * len(grid) if isinstance(window, int) else window
     require(
-        len(tile) == len(window) == len(grid) and all(t > 0 for t in tile),
+        are_sizes(tile)
+        and are_sizes(window)
+        and len(tile) == len(window) == len(grid)
+        and all(t > 0 for t in tile),
         lambda: (
             f"grid={grid}, tile={tile}, window={window}: give as many axes for all, tiles of 1 or "
             "more"
@@ -53,14 +64,15 @@ def window_attention(
     )
     require(all(w >= 0 for w in window), lambda: f"window={window}: give 0 or more tokens")
     require(
-        q.ndim == 4 and q.shape[2] == k.shape[2] == math.prod(grid),
+        q.shape[2] == k.shape[2] == math.prod(grid),
         lambda: (
             f"q {tuple(q.shape)}, k {tuple(k.shape)}: give the {math.prod(grid)} tokens of "
             f"grid={grid}"
         ),
     )
-    require(all(size > 0 for size in grid), lambda: f"grid={grid}: give sizes of 1 or more")
     require(not is_causal or len(grid) == 1, lambda: f"is_causal needs one axis, and grid={grid}")
+    if key_mask is not None:
+        check_key_mask(key_mask, k)
     order = tile_order(grid, tile)
     near = window_blocks(grid, tile, window).to(q.device)
     if order is not None:
@@ -98,7 +110,7 @@ def window_blocks(grid: tuple[int, ...], tile: tuple[int, ...], window: tuple[in
         axis = gap.clamp(min=0) <= reach
         # [tiles so far, count, tiles so far, count]
         near = near[..., None, :, None] & axis.unsqueeze(1) if near.ndim else axis
-        near = near.reshape(math.prod(near.shape[: near.ndim // 2]), -1)
+        near = near.reshape([math.prod(near.shape[: near.ndim // 2])] * 2)
     block = math.prod(tile)
     rows = math.ceil(len(number) / block)
     held = torch.zeros(rows, math.prod(counts), dtype=torch.bool)

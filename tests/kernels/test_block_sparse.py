@@ -398,8 +398,15 @@ def test_compiles_as_one_graph():
         ({"block_mask": torch.ones(1, 1, 3, 3)}, "give bools"),
         ({"block_size": 0}, "positive"),
         ({"block_size": 16.0}, "give an integer"),
-        ({"block_mask": None}, "give a bool tensor"),
+        ({"block_mask": None}, "give bools"),
+        ({"block_mask": torch.ones(1, 1, 3, 3, dtype=torch.bool, device="meta")}, "is on meta"),
+        ({"block_mask": (None, torch.zeros(1, 1, 3, 3).int())}, "counts are a NoneType"),
+        ({"block_mask": (torch.zeros(1, 1, 3).int(), [0])}, "indices are a list"),
+        ({"block_mask": torch.zeros(2, 1, 1, 3, 3).int().unbind(0)}, r"counts is \(1, 1, 3, 3\)"),
         ({"key_mask": torch.ones(2, 299).bool()}, r"bools \[2 or 1, 300\]"),
+        ({"key_mask": torch.ones(300).bool()}, r"bools \[2 or 1, 300\]"),
+        ({"key_mask": torch.ones(2, 300, device="meta").bool()}, "on cpu"),
+        ({"key_mask": [True] * 300}, r"bools \[2 or 1, 300\]"),
     ],
 )
 def test_errors_name_the_cause_and_the_fix(change, words):

@@ -188,6 +188,12 @@ def test_mass_is_that_of_the_softmax(seed, tokens, block, causal):
         assert torch.allclose(mass[:, :, r, c].double(), wanted, atol=1e-6)
 
 
+@pytest.mark.parametrize(("n", "m"), [(0, 5), (5, 0), (0, 0)])
+def test_there_is_no_mass_in_nothing(n, m):
+    mass = attention_mass(torch.zeros(1, 2, n, 4), torch.zeros(1, 2, m, 4), 2)
+    assert mass.shape == (1, 2, math.ceil(n / 2), math.ceil(m / 2)) and not mass.any()
+
+
 @pytest.mark.slow
 def test_a_draft_compiles_as_one_graph():
     q, k, v = torch.randn(3, 1, 2, 256, 32, generator=seeded(0)).unbind(0)
@@ -243,6 +249,18 @@ def test_a_graph_takes_any_length():
         (lambda: pool_tokens(torch.zeros(5, 2), (2, 2), (1, 1)), "4 tokens"),
         (lambda: pool_tokens(torch.zeros(4, 2), (2, 2), (1,)), "as many axes"),
         (lambda: pool_tokens(torch.zeros(4, 2), (2, 2), (1, 0)), "positive"),
+        (lambda: pool_tokens(torch.zeros(4, 2), (4.0,), (2,)), "integers"),
+        (lambda: pool_tokens(torch.zeros(4, 2), 4, 2), "integers"),
+        (lambda: attention_mass(*torch.zeros(2, 1, 2, 8, 4), 0), "positive"),
+        (lambda: attention_mass(*torch.zeros(2, 1, 2, 8, 4), 2.0), "positive"),
+        (lambda: attention_mass(torch.zeros(1, 3, 8, 4), torch.zeros(1, 2, 8, 4), 2), "multiple"),
+        (lambda: attention_mass(torch.zeros(1, 2, 8, 4), torch.zeros(1, 2, 8, 5), 2), "head size"),
+        (lambda: attention_mass(*torch.zeros(2, 2, 8, 4), 2), "give \\[batch"),
+        (
+            lambda: attention_mass(*torch.zeros(2, 1, 2, 8, 4), 2, key_mask=torch.ones(8).bool()),
+            r"bools \[1 or 1, 8\]",
+        ),
+        (lambda: select_blocks(torch.zeros(2, 2), 0.5, dense_rows=[True, True]), "dense_rows is a"),
     ],
 )
 def test_errors_name_the_cause_and_the_fix(call, words):
