@@ -177,6 +177,12 @@ def _op(
         lse = q.new_empty(_lse_shape(q, with_lse), dtype=torch.float32)
         launch(*given, out, lse)
         return out, lse
+    # one block of a short sequence is padded to 16 tokens, not to all that a block may hold
+    block_q, block_k = (
+        min(block, max(16, math.ceil(t.shape[2] / 16) * 16))
+        for block, t in ((block_q, q), (block_k, k))
+    )
+    given = (q, k, v, counts, indices, key_mask, block_q, block_k, is_causal, scale)
     if q.device.type == "cpu" and q.dtype in _DTYPES:
         if use_native("block_sparse_attention", "_block_sparse", _unfit_for_c(block_k)):
             return compiled(*given, with_lse)

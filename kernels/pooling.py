@@ -41,6 +41,7 @@ def pool_tokens(x: Tensor, grid: tuple[int, ...], region: tuple[int, ...]) -> Te
             f"tokens of grid={grid}"
         ),
     )
+    region = tuple(min(r, max(1, g)) for r, g in zip(region, grid, strict=True))
     lead, d = x.shape[:-2], x.shape[-1]
     counts = [math.ceil(g / r) for g, r in zip(grid, region, strict=True)]
     wide = x.float() if x.dtype.itemsize < 4 else x

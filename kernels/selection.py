@@ -187,6 +187,7 @@ def attention_mass(
     if key_mask is not None:
         check_key_mask(key_mask, k)
     (batch, heads, n, d), m = q.shape, k.shape[2]
+    block = min(block, max(1, n, m))
     rows, columns = math.ceil(n / block), math.ceil(m / block)
     keys = k.float().repeat_interleave(heads // k.shape[1], 1).transpose(-1, -2)
     scale = 1.0 / math.sqrt(d) if scale is None else scale

@@ -361,6 +361,22 @@ def test_what_is_not_seen_is_not_read(path, bad, compiler):
         assert torch.equal(got[:, :, 32:], want[:, :, 32:])
 
 
+@pytest.mark.parametrize("choice", ["auto", "torch", "triton"])
+@pytest.mark.parametrize("size", [(1 << 40, 16), (16, 1 << 40), (1 << 40, 1 << 40), (1000, 7000)])
+@pytest.mark.parametrize(("n", "m"), [(37, 50), (1, 0)])
+def test_a_block_is_no_longer_than_what_there_is(choice, size, n, m, monkeypatch):
+    """The memory of a larger one would be terabytes."""
+    if choice == "triton" and not interpreted():
+        pytest.skip("needs TRITON_INTERPRET=1 (make test sets it)")
+    monkeypatch.setenv("ACCELERATE_HOOKS_KERNELS", choice)
+    q, k, v = qkv(n=n, m=50)
+    k, v = k[:, :, :m], v[:, :, :m]
+    mask = torch.ones(1, 1, math.ceil(n / size[0]), math.ceil(m / size[1]), dtype=torch.bool)
+    out = block_sparse_attention(q, k, v, mask, block_size=size, is_causal=True)
+    wanted = F.scaled_dot_product_attention(q, k, v, is_causal=True) if m else torch.zeros_like(q)
+    torch.testing.assert_close(out, wanted, atol=2e-6, rtol=1e-5)
+
+
 def test_no_heads_are_no_work():
     q = torch.zeros(1, 0, 8, 4)
     assert block_sparse_attention(q, q, q, torch.ones(1, 1, 1, 1).bool()).shape == q.shape

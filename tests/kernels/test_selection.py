@@ -194,6 +194,14 @@ def test_there_is_no_mass_in_nothing(n, m):
     assert mass.shape == (1, 2, math.ceil(n / 2), math.ceil(m / 2)) and not mass.any()
 
 
+def test_a_region_is_no_larger_than_what_there_is():
+    x = torch.randn(1, 2, 6, 4, generator=seeded(0))
+    large = 1 << 50
+    pooled = pool_tokens(x, (2, 3), (large, 2))
+    assert torch.equal(pooled, pool_tokens(x, (2, 3), (2, 2)))
+    assert torch.equal(attention_mass(x, x[:, :, :4], large), attention_mass(x, x[:, :, :4], 6))
+
+
 @pytest.mark.slow
 def test_a_draft_compiles_as_one_graph():
     q, k, v = torch.randn(3, 1, 2, 256, 32, generator=seeded(0)).unbind(0)
