@@ -78,7 +78,7 @@ def block_sparse_attention(
     anything. (A value in the future, where causal, has weight 0; if it is infinite that is NaN, as
     in PyTorch.)
     Returns ``[B, Hq, N, D]``, and with ``return_lse`` the log of the sum of exponentials
-    ``[B, Hq, N]`` in float32. There is no backward: call it under ``torch.no_grad()``.
+    ``[B, Hq, N]`` in the dtype of sums. There is no backward: call it under ``torch.no_grad()``.
     """
     sizes = (block_size, block_size) if isinstance(block_size, int) else block_size
     require(
@@ -165,7 +165,7 @@ def _op(
     with_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     if q.shape[0] * q.shape[1] * q.shape[2] == 0:
-        return q.new_empty(q.shape), q.new_empty(_lse_shape(q, with_lse), dtype=torch.float32)
+        return _empty(q, with_lse)
     if q.device.type == "cpu":
         _check_indices(counts, indices)
     counts, indices = counts.int(), indices.int()
@@ -173,8 +173,7 @@ def _op(
     if use_triton("block_sparse_attention", q.device, _unfit(q, block_q, block_k)):
         from accelerate_hooks.kernels._block_sparse_triton import launch
 
-        out = q.new_empty(q.shape)
-        lse = q.new_empty(_lse_shape(q, with_lse), dtype=torch.float32)
+        out, lse = _empty(q, with_lse)
         launch(*given, out, lse)
         return out, lse
     # one block of a short sequence is padded to 16 tokens, not to all that a block may hold
@@ -196,12 +195,13 @@ def _(
     key_mask: Tensor | None, block_q: int, block_k: int, is_causal: bool, scale: float,
     with_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _empty(q, with_lse)
+
+
+def _empty(q: Tensor, with_lse: bool) -> tuple[Tensor, Tensor]:
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(q.shape), q.new_empty(_lse_shape(q, with_lse), dtype=wide)
-
-
-def _lse_shape(q: Tensor, with_lse: bool) -> tuple[int, ...]:
-    return (*q.shape[:2], q.shape[2] if with_lse else 0)
+    shape = (*q.shape[:2], q.shape[2] if with_lse else 0)
+    return q.new_empty(q.shape), q.new_empty(shape, dtype=wide)
 
 
 class _Problem(ctypes.Structure):

@@ -382,12 +382,16 @@ def test_no_heads_are_no_work():
     assert block_sparse_attention(q, q, q, torch.ones(1, 1, 1, 1).bool()).shape == q.shape
 
 
-def test_opcheck():
-    q, k, v = qkv(n=70)
-    counts, indices = block_sparse.to_indices(torch.ones(1, 1, 3, 3, dtype=torch.bool))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("n", "m"), [(70, 70), (0, 70), (70, 0)])
+def test_opcheck(n, m, dtype):
+    q, k, v = qkv(n=70, dtype=dtype)
+    q, k, v = q[:, :, :n], k[:, :, :m], v[:, :, :m]
+    mask = torch.ones(1, 1, math.ceil(n / 32), math.ceil(m / 32), dtype=torch.bool)
+    counts, indices = block_sparse.to_indices(mask)
     torch.library.opcheck(
         torch.ops.accelerate_hooks.block_sparse_attention.default,
-        (q, k, v, counts, indices, torch.rand(2, 70) < 0.8, 32, 32, True, 0.1, True),
+        (q, k, v, counts, indices, torch.rand(2, m) < 0.8, 32, 32, True, 0.1, True),
     )
 
 
