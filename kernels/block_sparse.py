@@ -182,11 +182,11 @@ def _op(
         for block, t in ((block_q, q), (block_k, k))
     )
     given = (q, k, v, counts, indices, key_mask, block_q, block_k, is_causal, scale)
-    if q.device.type == "cpu" and q.dtype in _DTYPES:
-        if use_native("block_sparse_attention", "_block_sparse", _unfit_for_c(block_k)):
-            return compiled(*given, with_lse)
-        return gathered(*given, with_lse)
-    return reference(*given, with_lse)
+    if q.device.type != "cpu":
+        return reference(*given, with_lse)
+    if use_native("block_sparse_attention", "_block_sparse", _unfit_for_c(q, block_k)):
+        return compiled(*given, with_lse)
+    return (gathered if q.dtype in _DTYPES else reference)(*given, with_lse)
 
 
 @torch.library.register_fake("accelerate_hooks::block_sparse_attention")
@@ -267,7 +267,9 @@ def _values(v: Tensor, key_mask: Tensor | None) -> Tensor:
     return v if key_mask is None else v.where(key_mask[:, None, :, None], 0.0)
 
 
-def _unfit_for_c(block_k: int) -> str | None:
+def _unfit_for_c(q: Tensor, block_k: int) -> str | None:
+    if q.dtype not in _DTYPES:
+        return f"dtype {q.dtype}"
     return f"blocks of {block_k} keys (multiples of 16)" if block_k % 16 else None
 
 

@@ -214,6 +214,22 @@ def test_without_a_compiler_the_reason_is_counted(monkeypatch):
     torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "size", "reason"),
+    [
+        (torch.float64, 128, "dtype torch.float64"),
+        (torch.float32, 24, "blocks of 24 keys (multiples of 16)"),
+    ],
+)
+def test_what_c_cannot_take_is_counted(dtype, size, reason, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_HOOKS_KERNELS", "auto")
+    q, k, v = qkv(n=100, dtype=dtype)
+    count = math.ceil(100 / size)
+    before = FALLBACKS.copy()
+    block_sparse_attention(q, k, v, torch.ones(1, 1, count, count).bool(), block_size=size)
+    assert FALLBACKS - before == {("block_sparse_attention", reason): 1}
+
+
 def test_a_broken_compiler_leaves_nothing_behind(monkeypatch, tmp_path):
     monkeypatch.setenv("CC", f"{shutil.which('gcc') or 'cc'} --no-such-flag")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
