@@ -45,8 +45,9 @@ def enable(
     audit: recompute one of ``audit`` skipped visits of each site beside the run, and report the
         true error; the output stays as it is, the time does not.
 
-    Raises SpecError, RecipeError or ArtifactError for a wrong policy, UnsupportedModelError for a
-    target without sites, PolicyConflictError, AlreadyEnabledError. The model is then untouched.
+    Raises SpecError, RecipeError or ArtifactError for a wrong policy (SpecError for a wrong
+    ``ACCELERATE_HOOKS_KERNELS``, too), UnsupportedModelError for a target without sites,
+    PolicyConflictError, AlreadyEnabledError. The model is then untouched.
     """
     addressed = list(_addressed(policy, only))
     if not addressed:
@@ -57,6 +58,7 @@ def enable(
         raise SpecError("only='' matches no path; give a glob on site paths, or leave it out")
     if audit is not None and (type(audit) is not int or audit < 1):
         raise SpecError(f"audit={audit!r} is out of range; give an integer of at least 1, or None")
+    env.check_kernels()
     models = _models(target)
     for name, model in models.models.items():
         _refuse_enabled(name, model)

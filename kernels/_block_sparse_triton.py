@@ -52,10 +52,11 @@ def _kernel(
         if UPCAST:
             keys = keys.to(tl.float32)
         scores = tl.dot(mine, keys, input_precision=PRECISION) * scale
-        seen = (j < m)[None, :]
+        exists = j < m
         if MASKED:
-            kept = tl.load(key_mask + b * m_b + j.to(tl.int64) * m_m, mask=j < m, other=0)
-            seen = seen & (kept != 0)[None, :]
+            kept = tl.load(key_mask + b * m_b + j.to(tl.int64) * m_m, mask=exists, other=0)
+            exists = exists & (kept != 0)
+        seen = exists[None, :]
         if CAUSAL:
             seen = seen & (j[None, :] <= at[:, None])
         scores = tl.where(seen, scores, float("-inf"))
@@ -66,7 +67,7 @@ def _kernel(
         shrink = tl.exp2(top - base)
         values = tl.load(
             v + j.to(tl.int64)[:, None] * v_n + lane[None, :] * v_d,
-            mask=(j < m)[:, None] & (lane < d)[None, :], other=0.0,
+            mask=exists[:, None] & (lane < d)[None, :], other=0.0,
         )  # fmt: skip
         if UPCAST:
             values = values.to(tl.float32)
@@ -91,20 +92,22 @@ def launch(
     q: Tensor, k: Tensor, v: Tensor, counts: Tensor, indices: Tensor, key_mask: Tensor | None,
     block_q: int, block_k: int, is_causal: bool, scale: float, out: Tensor, lse: Tensor,
 ) -> None:  # fmt: skip
-    batch, heads, n, d = q.shape
+    (batch, heads, n, d), m = q.shape, k.shape[2]
     if out.numel() == 0:
         return
     counts = counts.expand(batch, heads, -1)
     indices = indices.expand(batch, heads, -1, -1)
     masked = key_mask is not None
     kept = counts if key_mask is None else key_mask.view(torch.uint8)
+    block_q = min(block_q, max(16, triton.next_power_of_2(n)))
+    block_k = min(block_k, max(16, triton.next_power_of_2(m)))
     tile_q, tile_k = min(block_q, 128), min(block_k, 64)
     width = max(16, triton.next_power_of_2(d))
     _kernel[(triton.cdiv(n, tile_q), batch * heads)](
         q, k, v, counts, indices, kept, out, lse,
         *q.stride(), *k.stride(), *v.stride(), *out.stride(), *counts.stride(), *indices.stride(),
         *(kept.stride() if masked else (0, 0)),
-        heads, heads // k.shape[1], n, k.shape[2], d, scale * _LOG2E,
+        heads, heads // k.shape[1], n, m, d, scale * _LOG2E,
         BLOCK_Q=block_q, BLOCK_K=block_k, TILE_Q=tile_q, TILE_K=tile_k, WIDTH=width,
         CAUSAL=is_causal, MASKED=masked, LSE=lse.numel() > 0,
         PRECISION="ieee" if q.dtype.itemsize == 4 else "tf32",

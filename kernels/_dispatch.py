@@ -10,6 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 from accelerate_hooks.kernels import _native as native
 
@@ -39,9 +41,35 @@ class KernelError(ValueError):
     """What an op was given does not fit together; the message says what, why and what would."""
 
 
-def require(ok: bool, message: str) -> None:
+def require(ok: bool, message: str | Callable[[], str]) -> None:
+    """A message that tells sizes is a function: where `torch.compile` traces they may be symbols,
+    which cannot be written."""
     if not ok:
-        raise KernelError(message)
+        raise KernelError(message if isinstance(message, str) else message())
+
+
+def described(given: object) -> str:
+    """What an argument is, for a message."""
+    if isinstance(given, Tensor):
+        return f"{given.dtype} {tuple(given.shape)} on {given.device}"
+    return f"a {type(given).__name__}"
+
+
+def are_sizes(given: object) -> bool:
+    """Whether this is a tuple (or list) of integers."""
+    whole = (int, torch.SymInt)
+    return isinstance(given, tuple | list) and all(isinstance(size, whole) for size in given)
+
+
+def require_no_gradient(op: str, *tensors: Tensor | None) -> None:
+    recorded = torch.is_grad_enabled()
+    for t in tensors:
+        if t is None:
+            continue
+        if recorded and t.requires_grad:
+            raise KernelError(f"{op} has no backward; call it under torch.no_grad()")
+        if forward_ad.unpack_dual(t).tangent is not None:
+            raise KernelError(f"{op} has no derivative; call it without tangents (jvp, make_dual)")
 
 
 def wanted() -> str:

@@ -23,12 +23,14 @@ def esap(p: Tensor, q: Tensor) -> Tensor:
     never all in memory as float32."""
     require(
         p.shape == q.shape and p.ndim >= 1 and p.is_floating_point() and q.is_floating_point(),
-        f"p is {p.dtype} {tuple(p.shape)}, q {q.dtype} {tuple(q.shape)}; give floating-point "
-        "logits [..., V] of one shape",
+        lambda: (
+            f"p is {p.dtype} {tuple(p.shape)}, q {q.dtype} {tuple(q.shape)}; give floating-point "
+            "logits [..., V] of one shape"
+        ),
     )
     wide = torch.float64 if torch.float64 in (p.dtype, q.dtype) else torch.float32
     rows, vocabulary = p.shape[:-1], p.shape[-1]
-    require(vocabulary > 0, f"p is {tuple(p.shape)}: there is no vocabulary")
+    require(vocabulary > 0, lambda: f"p is {tuple(p.shape)}: there is no vocabulary")
     count = max(1, _ROOM // (vocabulary * 4))
     parts = [
         torch.minimum(a.to(wide).softmax(-1), b.to(wide).softmax(-1)).sum(-1)

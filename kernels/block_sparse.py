@@ -21,7 +21,14 @@ import torch
 from torch import Tensor
 
 from accelerate_hooks.kernels import _native as native
-from accelerate_hooks.kernels._dispatch import operator, require, use_native, use_triton
+from accelerate_hooks.kernels._dispatch import (
+    described,
+    operator,
+    require,
+    require_no_gradient,
+    use_native,
+    use_triton,
+)
 
 BlockMask = Tensor | tuple[Tensor, Tensor]
 _LOG2E = 1.4426950408889634
@@ -62,47 +69,44 @@ def block_sparse_attention(
     ``q`` is ``[B, Hq, N, D]``, ``k`` and ``v`` are ``[B, Hkv, M, D]``: float32, float16 or
     bfloat16, any strides. ``block_mask`` is a bool tensor ``[B or 1, Hq or 1, R, C]`` with
     ``R = ceil(N / block_q)`` and ``C = ceil(M / block_k)``, or (counts, indices) as `to_indices`
-    makes them. ``block_size`` is (queries, keys), or one number for both; the last blocks may be
-    ragged. Causal means ``j <= i``, as in PyTorch. ``scale`` is ``1 / sqrt(D)`` by default. With
-    ``enable_gqa`` head ``h`` of the queries uses head ``h // (Hq / Hkv)`` of keys and values.
-    ``key_mask`` ``[B or 1, M]`` is False at keys that nobody sees (padding).
+    makes them: the first ``counts`` of a row's indices are distinct, in any order, and the rest is
+    not read (on a CPU that is checked). ``block_size`` is (queries, keys), or one number for both;
+    the last blocks may be ragged. Causal means ``j <= i``, as in PyTorch. ``scale`` is
+    ``1 / sqrt(D)`` by default. With ``enable_gqa`` head ``h`` of the queries uses head
+    ``h // (Hq / Hkv)`` of keys and values. ``key_mask`` ``[B or 1, M]`` is False at keys that
+    nobody sees (padding): like those of blocks that are not chosen, they and their values may be
+    anything. (A value in the future, where causal, has weight 0; if it is infinite that is NaN, as
+    in PyTorch.)
     Returns ``[B, Hq, N, D]``, and with ``return_lse`` the log of the sum of exponentials
-    ``[B, Hq, N]`` in float32. There is no backward: call it under ``torch.no_grad()``.
+    ``[B, Hq, N]`` in the dtype of sums. There is no backward: call it under ``torch.no_grad()``.
     """
     sizes = (block_size, block_size) if isinstance(block_size, int) else block_size
     require(
         isinstance(sizes, tuple) and len(sizes) == 2 and all(type(b) is int for b in sizes),
-        f"block_size={block_size!r}; give an integer, or (queries, keys)",
+        lambda: f"block_size={block_size!r}; give an integer, or (queries, keys)",
     )
     bq, bk = sizes
-    _check(q, k, v, bq, bk, enable_gqa)
-    rows, columns = math.ceil(q.shape[2] / bq), math.ceil(k.shape[2] / bk)
-    if isinstance(block_mask, Tensor):
-        require(
-            block_mask.dtype == torch.bool,
-            f"block_mask is {block_mask.dtype}; give bools (True: attend), or (counts, indices)",
-        )
-        _check_mask(tuple(block_mask.shape), (*q.shape[:2], rows, columns), "block_mask")
-        counts, indices = to_indices(block_mask)
+    check(q, k, v, bq, bk, enable_gqa)
+    require_no_gradient("block_sparse_attention", q, k, v)
+    full = (*q.shape[:2], math.ceil(q.shape[2] / bq), math.ceil(k.shape[2] / bk))
+    if isinstance(block_mask, tuple) and len(block_mask) == 2:
+        counts, indices = block_mask
+        _check_whole(counts, "counts")
+        _check_mask(counts, full[:3], q.device, "counts")
+        _check_whole(indices, "indices")
+        _check_mask(indices, (*counts.shape, full[3]), q.device, "indices")
     else:
         require(
-            isinstance(block_mask, tuple) and len(block_mask) == 2,
-            f"block_mask is {type(block_mask).__name__}; give a bool tensor, or (counts, indices)",
+            isinstance(block_mask, Tensor) and block_mask.dtype == torch.bool,
+            lambda: (
+                f"block_mask is {described(block_mask)}; give bools (True: attend), or "
+                "(counts, indices)"
+            ),
         )
-        counts, indices = block_mask
-        _check_mask(tuple(counts.shape), (*q.shape[:2], rows), "counts")
-        _check_mask(tuple(indices.shape), (*counts.shape, columns), "indices")
-        for name, t in (("counts", counts), ("indices", indices)):
-            whole = not t.is_floating_point() and t.dtype != torch.bool
-            require(whole, f"{name} are {t.dtype}; give integers")
-        counts, indices = counts.int(), indices.int()
+        _check_mask(block_mask, full, q.device, "block_mask")
+        counts, indices = to_indices(block_mask)
     if key_mask is not None:
-        require(
-            key_mask.dtype == torch.bool
-            and key_mask.shape in ((len(q), k.shape[2]), (1, k.shape[2])),
-            f"key_mask is {key_mask.dtype} {tuple(key_mask.shape)}; give bools "
-            f"[{len(q)} or 1, {k.shape[2]}]",
-        )
+        check_key_mask(key_mask, k)
         key_mask = key_mask.expand(len(q), -1)
     scale = 1.0 / math.sqrt(max(q.shape[3], 1)) if scale is None else scale
     out, lse = torch.ops.accelerate_hooks.block_sparse_attention(
@@ -124,7 +128,9 @@ def to_mask(counts: Tensor, indices: Tensor) -> Tensor:
     """The inverse of `to_indices`."""
     columns = indices.shape[-1]
     chosen = torch.arange(columns, device=counts.device) < counts.unsqueeze(-1)
-    return torch.zeros_like(chosen).scatter_(-1, indices.long(), chosen)
+    where = indices.long().masked_fill(~chosen, columns)
+    mask = chosen.new_zeros((*chosen.shape[:-1], columns + 1))
+    return mask.scatter_(-1, where, True)[..., :columns]
 
 
 def reference(
@@ -145,7 +151,11 @@ def reference(
     scores = (q.to(wide) @ k.transpose(-1, -2) * scale).masked_fill(~seen, -math.inf)
     lse = scores.logsumexp(-1) if m else scores.new_full(scores.shape[:-1], -math.inf)
     weights = (scores - lse.masked_fill(lse == -math.inf, 0.0).unsqueeze(-1)).exp()
-    return (weights @ v).to(q.dtype), lse if with_lse else lse[:, :, :0].clone()
+    out = torch.empty_like(q, dtype=wide)
+    for row in (slice(i, i + block_q) for i in range(0, n, block_q)):
+        unseen = ~seen[:, :, row].any(2).unsqueeze(-1)  # 0 * inf is not 0
+        out[:, :, row] = weights[:, :, row] @ v.masked_fill(unseen, 0.0)
+    return out.to(q.dtype), lse if with_lse else lse[:, :, :0].clone()
 
 
 @operator("block_sparse_attention")
@@ -155,22 +165,28 @@ def _op(
     with_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     if q.shape[0] * q.shape[1] * q.shape[2] == 0:
-        return q.new_empty(q.shape), q.new_empty(_lse_shape(q, with_lse), dtype=torch.float32)
+        return _empty(q, with_lse)
     if q.device.type == "cpu":
         _check_indices(counts, indices)
+    counts, indices = counts.int(), indices.int()
     given = (q, k, v, counts, indices, key_mask, block_q, block_k, is_causal, scale)
     if use_triton("block_sparse_attention", q.device, _unfit(q, block_q, block_k)):
         from accelerate_hooks.kernels._block_sparse_triton import launch
 
-        out = q.new_empty(q.shape)
-        lse = q.new_empty(_lse_shape(q, with_lse), dtype=torch.float32)
+        out, lse = _empty(q, with_lse)
         launch(*given, out, lse)
         return out, lse
-    if q.device.type == "cpu" and q.dtype in _DTYPES:
-        if use_native("block_sparse_attention", "_block_sparse", _unfit_for_c(block_k)):
-            return compiled(*given, with_lse)
-        return gathered(*given, with_lse)
-    return reference(*given, with_lse)
+    # one block of a short sequence is padded to 16 tokens, not to all that a block may hold
+    block_q, block_k = (
+        min(block, max(16, math.ceil(t.shape[2] / 16) * 16))
+        for block, t in ((block_q, q), (block_k, k))
+    )
+    given = (q, k, v, counts, indices, key_mask, block_q, block_k, is_causal, scale)
+    if q.device.type != "cpu":
+        return reference(*given, with_lse)
+    if use_native("block_sparse_attention", "_block_sparse", _unfit_for_c(q, block_k)):
+        return compiled(*given, with_lse)
+    return (gathered if q.dtype in _DTYPES else reference)(*given, with_lse)
 
 
 @torch.library.register_fake("accelerate_hooks::block_sparse_attention")
@@ -179,12 +195,13 @@ def _(
     key_mask: Tensor | None, block_q: int, block_k: int, is_causal: bool, scale: float,
     with_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _empty(q, with_lse)
+
+
+def _empty(q: Tensor, with_lse: bool) -> tuple[Tensor, Tensor]:
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(q.shape), q.new_empty(_lse_shape(q, with_lse), dtype=wide)
-
-
-def _lse_shape(q: Tensor, with_lse: bool) -> tuple[int, ...]:
-    return (*q.shape[:2], q.shape[2] if with_lse else 0)
+    shape = (*q.shape[:2], q.shape[2] if with_lse else 0)
+    return q.new_empty(q.shape), q.new_empty(shape, dtype=wide)
 
 
 class _Problem(ctypes.Structure):
@@ -217,7 +234,7 @@ def compiled(
         "k": _padded(k.float(), block_k, columns, width)
         .view(batch, kv_heads, columns, block_k, width)
         .mT.contiguous(),
-        "v": _padded(v.float(), block_k, columns, width),
+        "v": _padded(_values(v, key_mask).float(), block_k, columns, width),
         "counts": counts.expand(batch, heads, rows).contiguous(),
         "indices": indices.expand(batch, heads, rows, columns).contiguous(),
         "kv_head": kv_head.int(),
@@ -245,7 +262,14 @@ def _padded(t: Tensor, size: int, count: int, d: int | None = None) -> Tensor:
     return torch.nn.functional.pad(t, missing) if any(missing) else t.contiguous()
 
 
-def _unfit_for_c(block_k: int) -> str | None:
+def _values(v: Tensor, key_mask: Tensor | None) -> Tensor:
+    """Nothing where nobody looks: a weight of 0 does not hide what is not finite."""
+    return v if key_mask is None else v.where(key_mask[:, None, :, None], 0.0)
+
+
+def _unfit_for_c(q: Tensor, block_k: int) -> str | None:
+    if q.dtype not in _DTYPES:
+        return f"dtype {q.dtype}"
     return f"blocks of {block_k} keys (multiples of 16)" if block_k % 16 else None
 
 
@@ -272,7 +296,7 @@ def gathered(
         _padded(t, size, count).view(batch * t.shape[1] * count, size * d)
         for t, size, count in (
             (q.float(), block_q, rows), (k.float(), block_k, columns),
-            (v.to(weight_dtype), block_k, columns),
+            (_values(v, key_mask).to(weight_dtype), block_k, columns),
         )
     )  # fmt: skip
     out_blocks = out.view(-1, block_q, d)
@@ -351,28 +375,44 @@ def _unfit(q: Tensor, block_q: int, block_k: int) -> str | None:
     return None
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, bq: int, bk: int, gqa: bool) -> None:
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    require(q.ndim == k.ndim == v.ndim == 4, f"{shapes}: give [batch, heads, tokens, head size]")
-    require(k.shape == v.shape, f"{shapes}: k and v differ in shape")
-    require(
+def check(q: Tensor, k: Tensor, v: Tensor, bq: int, bk: int, gqa: bool) -> None:
+    def fit(ok: bool, message: str) -> None:
+        require(
+            ok, lambda: f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: {message}"
+        )
+
+    fit(q.ndim == k.ndim == v.ndim == 4, "give [batch, heads, tokens, head size]")
+    fit(k.shape == v.shape, "k and v differ in shape")
+    fit(
         q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3],
-        f"{shapes}: batch and head size must be those of q",
+        "batch and head size must be those of q",
     )
     require(
         q.dtype == k.dtype == v.dtype and q.is_floating_point(),
-        f"q {q.dtype}, k {k.dtype}, v {v.dtype}: give one floating-point dtype",
+        lambda: f"q {q.dtype}, k {k.dtype}, v {v.dtype}: give one floating-point dtype",
     )
-    require(q.device == k.device == v.device, f"q, k, v are on {q.device}, {k.device}, {v.device}")
-    require(bq > 0 and bk > 0, f"block_size=({bq}, {bk}): give positive numbers")
+    require(
+        q.device == k.device == v.device,
+        lambda: f"q, k, v are on {q.device}, {k.device}, {v.device}",
+    )
+    require(bq > 0 and bk > 0, lambda: f"block_size=({bq}, {bk}): give positive numbers")
     hq, hkv = q.shape[1], k.shape[1]
     if gqa:
-        require(hkv > 0 and hq % hkv == 0, f"{shapes}: Hq must be a multiple of Hkv")
+        fit(hkv > 0 and hq % hkv == 0, "Hq must be a multiple of Hkv")
     else:
-        require(hq == hkv, f"{shapes}: other numbers of heads; say enable_gqa=True for groups")
+        fit(hq == hkv, "other numbers of heads; say enable_gqa=True for groups")
+
+
+def check_key_mask(key_mask: Tensor, k: Tensor) -> None:
+    batch, tokens = len(k), k.shape[2]
     require(
-        not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)),
-        "block_sparse_attention has no backward; call it under torch.no_grad()",
+        isinstance(key_mask, Tensor)
+        and key_mask.dtype == torch.bool
+        and key_mask.shape in ((batch, tokens), (1, tokens))
+        and key_mask.device == k.device,
+        lambda: (
+            f"key_mask is {described(key_mask)}; give bools [{batch} or 1, {tokens}] on {k.device}"
+        ),
     )
 
 
@@ -385,9 +425,19 @@ def _check_indices(counts: Tensor, indices: Tensor) -> None:
         bool(((counts >= 0) & (counts <= columns)).all()) and not bool(wrong.any()),
         f"counts or indices point outside the {columns} blocks of keys",
     )
+    falls = chosen[..., 1:] & (indices[..., 1:] <= indices[..., :-1])
+    ok = not bool(falls.any()) or torch.equal(to_mask(counts, indices).sum(-1), counts.long())
+    require(ok, "indices name a block twice; give each block of keys once a row")
 
 
-def _check_mask(shape: tuple[int, ...], full: tuple[int, ...], name: str) -> None:
+def _check_whole(t: Tensor, name: str) -> None:
+    whole = isinstance(t, Tensor) and not t.is_floating_point() and t.dtype != torch.bool
+    require(whole, lambda: f"{name} are {described(t)}; give integers")
+
+
+def _check_mask(t: Tensor, full: tuple[int, ...], device: torch.device, name: str) -> None:
+    shape = tuple(t.shape)
     fits = len(shape) == len(full) and shape[2:] == full[2:]
     fits = fits and all(have in (1, want) for have, want in zip(shape[:2], full[:2], strict=True))
-    require(fits, f"{name} is {shape}; give {full}, or 1 in the place of batch or heads")
+    require(fits, lambda: f"{name} is {shape}; give {full}, or 1 in the place of batch or heads")
+    require(t.device == device, lambda: f"{name} is on {t.device}, and q on {device}")

@@ -20,7 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from accelerate_hooks.kernels import _native as native
-from accelerate_hooks.kernels._dispatch import operator, require, use_native, use_triton
+from accelerate_hooks.kernels._dispatch import (
+    operator,
+    require,
+    require_no_gradient,
+    use_native,
+    use_triton,
+)
 
 Act = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped_swiglu"]
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -240,8 +246,4 @@ def _check(
             bias is None or tuple(bias.shape) == (len(up), size),
             f"{name} is {None if bias is None else tuple(bias.shape)}; give {(len(up), size)}",
         )
-    tensors = (hidden, weights, up, down, up_bias, down_bias)
-    require(
-        not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)),
-        "skip_experts has no backward; call it under torch.no_grad()",
-    )
+    require_no_gradient("skip_experts", hidden, weights, up, down, up_bias, down_bias)

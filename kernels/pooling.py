@@ -15,7 +15,7 @@ import math
 import torch.nn.functional as F
 from torch import Tensor
 
-from accelerate_hooks.kernels._dispatch import require
+from accelerate_hooks.kernels._dispatch import are_sizes, require
 
 
 def pool_tokens(x: Tensor, grid: tuple[int, ...], region: tuple[int, ...]) -> Tensor:
@@ -23,22 +23,25 @@ def pool_tokens(x: Tensor, grid: tuple[int, ...], region: tuple[int, ...]) -> Te
     two or three axes. Returns ``[..., prod(ceil(grid / region)), D]`` in raster order of the
     regions and the dtype of ``x``; sums are in float32 (float64 for float64)."""
     require(
-        isinstance(grid, tuple) and isinstance(region, tuple),
-        f"grid={grid!r}, region={region!r}: give tuples",
+        are_sizes(grid) and are_sizes(region),
+        lambda: f"grid={grid!r}, region={region!r}: give tuples of integers",
     )
     require(
         1 <= len(grid) == len(region) <= 3,
-        f"grid={grid}, region={region}: give as many axes for both, one to three",
+        lambda: f"grid={grid}, region={region}: give as many axes for both, one to three",
     )
     require(
         all(g >= 0 for g in grid) and all(r > 0 for r in region),
-        f"grid={grid}, region={region}: give positive sizes",
+        lambda: f"grid={grid}, region={region}: give positive sizes",
     )
     require(
         x.ndim >= 2 and x.is_floating_point() and x.shape[-2] == math.prod(grid),
-        f"x is {x.dtype} {tuple(x.shape)}: give floats [..., {math.prod(grid)} tokens, D], the "
-        f"tokens of grid={grid}",
+        lambda: (
+            f"x is {x.dtype} {tuple(x.shape)}: give floats [..., {math.prod(grid)} tokens, D], the "
+            f"tokens of grid={grid}"
+        ),
     )
+    region = tuple(min(r, max(1, g)) for r, g in zip(region, grid, strict=True))
     lead, d = x.shape[:-2], x.shape[-1]
     counts = [math.ceil(g / r) for g, r in zip(grid, region, strict=True)]
     wide = x.float() if x.dtype.itemsize < 4 else x

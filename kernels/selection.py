@@ -9,7 +9,7 @@ From scores ``s[r, c]`` of one head, with density ``p`` or mass ``p``:
 
 Blocks kept by name (the diagonal, sinks) are ranked before all others and count as chosen; rows and
 columns kept whole (text) and blocks that cannot be seen stand outside: ``n`` does not count them.
-The greatest of a row that would have none is kept as well: no row is empty.
+The greatest of a row that would have none is kept as well: no row is empty. NaN is least.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from accelerate_hooks.kernels._dispatch import require
+from accelerate_hooks.kernels._dispatch import described, require
+from accelerate_hooks.kernels.block_sparse import check, check_key_mask
 
 Rule = Literal["quantile", "row", "mass"]
 
@@ -99,8 +101,9 @@ class Selection:
         free, first = self._known()
         if isinstance(share, Tensor):
             free, first, share = free.to(share.device), first.to(share.device), share.unsqueeze(-1)
+        kept = free * share
         # a density such as 0.1 times 10 must not become 2 by its last bit
-        return torch.maximum((free * share - 1e-9).ceil(), first)
+        return torch.maximum((kept - (kept * _rounding(share)).clamp(1e-9, 0.5)).ceil(), first)
 
     def choose(self, scores: Tensor, share: float | Tensor) -> Tensor:
         """The mask ``[..., R, C]`` of ``scores``; ``share`` may be a tensor over leading axes."""
@@ -108,7 +111,9 @@ class Selection:
         free = self._on(device, "free", lambda: self.free)
         first = self._on(device, "first", lambda: self.first)
         whole = self._on(device, "whole", lambda: self.whole)
-        ranked = scores.masked_fill(first, math.inf).masked_fill(~free, -math.inf)
+        # finite first: nothing free stands with those of `first`, or with what is not free
+        least = torch.finfo(scores.dtype).min
+        ranked = scores.nan_to_num(least).masked_fill(first, math.inf).masked_fill(~free, -math.inf)
         if self.rule == "mass":
             mask = _mass(ranked, scores.masked_fill(~free, 0.0), share)
         elif self.rule == "row":
@@ -145,10 +150,11 @@ def select_blocks(
     """
     require(
         scores.ndim >= 2 and scores.is_floating_point(),
-        f"scores are {scores.dtype} {tuple(scores.shape)}; give floats [..., rows, columns]",
+        lambda: (
+            f"scores are {scores.dtype} {tuple(scores.shape)}; give floats [..., rows, columns]"
+        ),
     )
-    if not isinstance(share, Tensor):
-        require(0.0 <= share <= 1.0, f"share={share!r} is out of range; give 0 to 1")
+    _check_share(share, scores.shape[:-2])
     rows, columns = scores.shape[-2:]
     plan = Selection.of(
         rows, columns, rule, diagonal=diagonal, sinks=sinks, dense_rows=dense_rows,
@@ -176,7 +182,12 @@ def attention_mass(
     ``[B or 1, M]`` False at keys that nobody sees. It costs what dense scores cost, a few
     rows at a time: for audits, oracles and fitting.
     """
+    require(type(block) is int and block > 0, lambda: f"block={block!r}; give a positive integer")
+    check(q, k, k, block, block, True)
+    if key_mask is not None:
+        check_key_mask(key_mask, k)
     (batch, heads, n, d), m = q.shape, k.shape[2]
+    block = min(block, max(1, n, m))
     rows, columns = math.ceil(n / block), math.ceil(m / block)
     keys = k.float().repeat_interleave(heads // k.shape[1], 1).transpose(-1, -2)
     scale = 1.0 / math.sqrt(d) if scale is None else scale
@@ -192,7 +203,7 @@ def attention_mass(
             scores = scores.masked_fill(~key_mask[:, None, None], -math.inf)
         shares = scores.softmax(-1).nan_to_num(0.0).mean(2)  # nothing seen: no mass
         shares = torch.nn.functional.pad(shares, (0, columns * block - m))
-        parts.append(shares.unflatten(-1, (columns, block)).sum(-1))
+        parts.append(shares.reshape(batch, heads, columns, block).sum(-1))
     return torch.stack(parts, 2) if parts else q.new_zeros((batch, heads, 0, columns)).float()
 
 
@@ -207,24 +218,52 @@ def _greatest(ranked: Tensor, count: Tensor) -> Tensor:
 def _mass(ranked: Tensor, scores: Tensor, share: float | Tensor) -> Tensor:
     order = ranked.argsort(dim=-1, descending=True, stable=True)
     held = scores.gather(-1, order).double()
+    most = torch.finfo(held.dtype).max / max(1, held.shape[-1])  # so that sums are finite
+    held = held.nan_to_num(0.0).clamp(0.0, most)
     before = held.cumsum(-1) - held
     wanted = (share[..., None, None] if isinstance(share, Tensor) else share) * held.sum(
         -1, keepdim=True
     )
     # the last bit of a sum must not ask for one block more; a share of 1 keeps all that hold any
     kept = torch.where(
-        wanted >= held.sum(-1, keepdim=True), held > 0, before < wanted * (1 - 1e-12)
+        wanted >= held.sum(-1, keepdim=True), held > 0, before < wanted * (1 - _rounding(share))
     )
     kept = kept & (held > 0) | (ranked.gather(-1, order) == math.inf)
     return torch.zeros_like(kept).scatter_(-1, order, kept)
+
+
+def _rounding(share: float | Tensor) -> float:
+    """By how much of itself a share may be off what was meant."""
+    floats = isinstance(share, Tensor) and share.is_floating_point()
+    return max(1e-12, torch.finfo(share.dtype).eps) if floats else 1e-12
+
+
+def _check_share(share: float | Tensor, lead: tuple[int, ...]) -> None:
+    """Values of a tensor are read on a CPU only: elsewhere this would wait for them."""
+    if not isinstance(share, Tensor):
+        ok = isinstance(share, Real) and 0.0 <= share <= 1.0
+        require(ok, lambda: f"share={share!r} is out of range; give 0 to 1")
+        return
+    fits = share.ndim <= len(lead)
+    fits = fits and all(a in (1, b) for a, b in zip(share.shape[::-1], lead[::-1], strict=False))
+    require(
+        fits,
+        lambda: f"share is {tuple(share.shape)}; give a number, or a tensor for {list(lead)}",
+    )
+    ok = not share.is_complex()
+    if ok and share.device.type == "cpu" and not torch.compiler.is_compiling():
+        ok = bool(((share >= 0) & (share <= 1)).all())
+    require(ok, f"share ({share.dtype}) is out of range; give real numbers from 0 to 1")
 
 
 def _fits(given: Tensor | None, shape: tuple[int, ...], default: bool, name: str) -> Tensor:
     if given is None:
         return torch.full(shape, default)
     require(
-        given.dtype == torch.bool and given.shape == shape and given.device.type == "cpu",
-        f"{name} is {given.dtype} {tuple(given.shape)} on {given.device}; give bools "
-        f"{list(shape)} on the host",
+        isinstance(given, Tensor)
+        and given.dtype == torch.bool
+        and given.shape == shape
+        and given.device.type == "cpu",
+        lambda: f"{name} is {described(given)}; give bools {list(shape)} on the host",
     )
     return given

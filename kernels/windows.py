@@ -13,8 +13,12 @@ import math
 import torch
 from torch import Tensor
 
-from accelerate_hooks.kernels._dispatch import require
-from accelerate_hooks.kernels.block_sparse import block_sparse_attention
+from accelerate_hooks.kernels._dispatch import are_sizes, require
+from accelerate_hooks.kernels.block_sparse import (
+    block_sparse_attention,
+    check,
+    check_key_mask,
+)
 
 TILES = {1: (128,), 2: (8, 16), 3: (2, 8, 8)}
 
@@ -40,21 +44,35 @@ def window_attention(
     number or one an axis; ``tile`` the shape of a block, 128 tokens by default. The rest is as in
     `block_sparse_attention`; causal needs a grid of one axis.
     """
+    check(q, k, v, 1, 1, enable_gqa)
     grid = (q.shape[2],) if grid is None else grid
-    require(1 <= len(grid) <= 3, f"grid={grid}: give one to three axes")
+    require(
+        are_sizes(grid) and 1 <= len(grid) <= 3 and all(size >= 0 for size in grid),
+        lambda: f"grid={grid}: give the sizes of one to three axes",
+    )
     tile = TILES[len(grid)] if tile is None else tile
     window = (window,) * len(grid) if isinstance(window, int) else window
     require(
-        len(tile) == len(window) == len(grid) and all(t > 0 for t in tile),
-        f"grid={grid}, tile={tile}, window={window}: give as many axes for all, tiles of 1 or more",
+        are_sizes(tile)
+        and are_sizes(window)
+        and len(tile) == len(window) == len(grid)
+        and all(t > 0 for t in tile),
+        lambda: (
+            f"grid={grid}, tile={tile}, window={window}: give as many axes for all, tiles of 1 or "
+            "more"
+        ),
     )
-    require(all(w >= 0 for w in window), f"window={window}: give 0 or more tokens")
+    require(all(w >= 0 for w in window), lambda: f"window={window}: give 0 or more tokens")
     require(
-        q.ndim == 4 and q.shape[2] == k.shape[2] == math.prod(grid),
-        f"q {tuple(q.shape)}, k {tuple(k.shape)}: give the {math.prod(grid)} tokens of grid={grid}",
+        q.shape[2] == k.shape[2] == math.prod(grid),
+        lambda: (
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}: give the {math.prod(grid)} tokens of "
+            f"grid={grid}"
+        ),
     )
-    require(all(size > 0 for size in grid), f"grid={grid}: give sizes of 1 or more")
-    require(not is_causal or len(grid) == 1, f"is_causal needs one axis, and grid={grid}")
+    require(not is_causal or len(grid) == 1, lambda: f"is_causal needs one axis, and grid={grid}")
+    if key_mask is not None:
+        check_key_mask(key_mask, k)
     order = tile_order(grid, tile)
     near = window_blocks(grid, tile, window).to(q.device)
     if order is not None:
@@ -79,9 +97,13 @@ def tile_order(grid: tuple[int, ...], tile: tuple[int, ...]) -> Tensor | None:
     walked column by column along them, to and fro: a block that spans the end of a band goes on
     beside it. In a block, tokens stand in raster order.
     """
+    last = max([0, *(i for i in range(len(grid)) if tile[i] < grid[i])])
+    lines = all(1 in pair for pair in zip(tile[:last], grid[:last], strict=True))
+    if lines and (math.prod(grid[:last]) == 1 or math.prod(grid[last:]) % math.prod(tile) == 0):
+        return None
     walks = [torch.arange(math.prod(grid)).view(grid)]
     for axis, thick in enumerate(tile[:-1]):
-        bands = math.ceil(grid[axis] / thick)
+        bands = max(1, math.ceil(grid[axis] / thick))
         walks = [
             band
             for i, walk in enumerate(walks)
@@ -91,8 +113,7 @@ def tile_order(grid: tuple[int, ...], tile: tuple[int, ...]) -> Tensor | None:
     order = torch.cat(
         [c.flip(0).flatten() if i % 2 else c.flatten() for i, c in enumerate(columns)]
     )
-    order = torch.cat([block.sort().values for block in order.split(math.prod(tile))])
-    return None if torch.equal(order, torch.arange(len(order))) else order
+    return torch.cat([block.sort().values for block in order.split(math.prod(tile))])
 
 
 def window_blocks(grid: tuple[int, ...], tile: tuple[int, ...], window: tuple[int, ...]) -> Tensor:

@@ -22,6 +22,7 @@ from accelerate_hooks.errors import (
     SpecError,
     UnsupportedModelError,
 )
+from accelerate_hooks.kernels import _dispatch
 
 FLUX = TINY["flux"]
 
@@ -212,6 +213,17 @@ def test_the_environment_switches_us_off(model, monkeypatch):
         assert "ACCELERATE_HOOKS=0" in str(session.report())
     with pytest.raises(SpecError):
         enable(model, "no_such_policy")
+
+
+def test_an_unknown_choice_of_kernels_is_told_beforehand(model, monkeypatch):
+    before = state(model)
+    for choice in (*_dispatch.CHOICES, "", " Torch "):
+        monkeypatch.setenv("ACCELERATE_HOOKS_KERNELS", choice)
+        enable(model, LazyStep.example()).disable()
+    monkeypatch.setenv("ACCELERATE_HOOKS_KERNELS", "cuda")
+    with pytest.raises(SpecError, match="'cuda'; give one of auto, torch, triton"):
+        enable(model, LazyStep.example())
+    assert state(model) == before
 
 
 def test_a_generation_that_raises(pipe):

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 
 from accelerate_hooks.kernels import KernelError, _native, block_sparse, block_sparse_attention
 from accelerate_hooks.kernels._dispatch import FALLBACKS, interpreted
@@ -213,6 +214,22 @@ def test_without_a_compiler_the_reason_is_counted(monkeypatch):
     torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "size", "reason"),
+    [
+        (torch.float64, 128, "dtype torch.float64"),
+        (torch.float32, 24, "blocks of 24 keys (multiples of 16)"),
+    ],
+)
+def test_what_c_cannot_take_is_counted(dtype, size, reason, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_HOOKS_KERNELS", "auto")
+    q, k, v = qkv(n=100, dtype=dtype)
+    count = math.ceil(100 / size)
+    before = FALLBACKS.copy()
+    block_sparse_attention(q, k, v, torch.ones(1, 1, count, count).bool(), block_size=size)
+    assert FALLBACKS - before == {("block_sparse_attention", reason): 1}
+
+
 def test_a_broken_compiler_leaves_nothing_behind(monkeypatch, tmp_path):
     monkeypatch.setenv("CC", f"{shutil.which('gcc') or 'cc'} --no-such-flag")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -272,6 +289,26 @@ def test_indices_and_masks_are_inverse(seed, rows, columns):
     assert counts.dtype == indices.dtype == torch.int32
 
 
+@given(st.integers(0, 2**31), st.integers(1, 4), st.integers(1, 9))
+def test_what_stands_behind_the_chosen_is_nobodys(seed, rows, columns):
+    """Padding of any kind, and any order."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(2, 3, rows, columns, generator=generator) < 0.5
+    counts = mask.sum(-1)
+    order = (torch.rand(mask.shape, generator=generator) - 2.0 * mask).argsort(-1)
+    padding = torch.randint(-9, 19, mask.shape, generator=generator)
+    indices = order.where(torch.arange(columns) < counts.unsqueeze(-1), padding)
+    assert torch.equal(block_sparse.to_mask(counts, indices), mask)
+    q, k, v = (
+        torch.randn(2, 3, n, 8, generator=generator) for n in (rows * 16, *[columns * 16] * 2)
+    )
+    wanted = block_sparse_attention(q, k, v, mask, block_size=16)
+    for dtype in (torch.float32, torch.float64):
+        given_ = [t.to(dtype) for t in (q, k, v)]
+        got = block_sparse_attention(*given_, (counts, indices), block_size=16)
+        torch.testing.assert_close(got.float(), wanted)
+
+
 def test_indices_in_the_place_of_a_mask():
     q, k, v = qkv()
     mask = torch.rand(2, 1, 3, 3, generator=torch.Generator().manual_seed(1)) < 0.6
@@ -292,6 +329,12 @@ def test_indices_of_any_integer_and_none_outside():
     for wrong in ((full[0], full[1] + 1), (full[0], full[1] - 1), (full[0] + 1, full[1])):
         with pytest.raises(KernelError, match="outside the 3 blocks"):
             block_sparse_attention(q, k, v, wrong)
+    with pytest.raises(KernelError, match="outside the 3 blocks"):
+        block_sparse_attention(q, k, v, (full[0], full[1].long() + (1 << 32)))
+    twice = full[1].clone()
+    twice[1, 2, 0] = torch.tensor([0, 2, 0])
+    with pytest.raises(KernelError, match="name a block twice"):
+        block_sparse_attention(q, k, v, (full[0], twice))
     with pytest.raises(KernelError, match="give integers"):
         block_sparse_attention(q, k, v, (counts.float(), indices))
 
@@ -310,15 +353,44 @@ def test_the_default_dtype_is_the_users(dtype):
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 
-@pytest.mark.parametrize("path", ["compiled", "gathered", "reference"])
-def test_a_hidden_key_may_be_nan(path, compiler):
-    q, k, v = qkv(n=64)
-    k[:, :, 40:] = math.nan
-    kept = torch.arange(64).expand(2, -1) < 40
-    mask = torch.ones(2, 3, 2, 2, dtype=torch.bool)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("path", ["compiled", "gathered", "reference", "triton"])
+@pytest.mark.filterwarnings("ignore:invalid value")  # of the interpreter
+def test_what_is_not_seen_is_not_read(path, bad, compiler):
+    """Neither keys nor values of blocks that are not chosen, or of padding."""
+    if path == "triton" and not interpreted():
+        pytest.skip("needs TRITON_INTERPRET=1 (make test sets it)")
+    run = poisoned if path == "triton" else lambda p: getattr(block_sparse, path)(*p.with_lse())
+    q, k, v = qkv(n=96)
+    kept = torch.arange(96).expand(2, -1) % 32 < torch.tensor([[20], [32]])
+    mask = torch.tensor([[1, 1, 0], [1, 0, 1], [1, 0, 0]]).bool().expand(2, 3, 3, 3)
     p = Problem(q, k, v, mask, (32, 32), False, 0.2, kept)
-    out, _ = getattr(block_sparse, path)(*p.with_lse())
-    assert out.isfinite().all()
+    wanted = run(p)
+    for t in (k, v):
+        t[0, :, ~kept[0]] = bad
+    for got, want in zip(run(p), wanted, strict=True):
+        assert torch.equal(got, want)
+    for t in (k, v):
+        t[:, :, 40] = bad
+    for got, want in zip(run(p), wanted, strict=True):
+        assert not got[:, :, :32].isfinite().all()
+        assert torch.equal(got[:, :, 32:], want[:, :, 32:])
+
+
+@pytest.mark.parametrize("choice", ["auto", "torch", "triton"])
+@pytest.mark.parametrize("size", [(1 << 40, 16), (16, 1 << 40), (1 << 40, 1 << 40), (1000, 7000)])
+@pytest.mark.parametrize(("n", "m"), [(37, 50), (1, 0)])
+def test_a_block_is_no_longer_than_what_there_is(choice, size, n, m, monkeypatch):
+    """The memory of a larger one would be terabytes."""
+    if choice == "triton" and not interpreted():
+        pytest.skip("needs TRITON_INTERPRET=1 (make test sets it)")
+    monkeypatch.setenv("ACCELERATE_HOOKS_KERNELS", choice)
+    q, k, v = qkv(n=n, m=50)
+    k, v = k[:, :, :m], v[:, :, :m]
+    mask = torch.ones(1, 1, math.ceil(n / size[0]), math.ceil(m / size[1]), dtype=torch.bool)
+    out = block_sparse_attention(q, k, v, mask, block_size=size, is_causal=True)
+    wanted = F.scaled_dot_product_attention(q, k, v, is_causal=True) if m else torch.zeros_like(q)
+    torch.testing.assert_close(out, wanted, atol=2e-6, rtol=1e-5)
 
 
 def test_no_heads_are_no_work():
@@ -326,12 +398,16 @@ def test_no_heads_are_no_work():
     assert block_sparse_attention(q, q, q, torch.ones(1, 1, 1, 1).bool()).shape == q.shape
 
 
-def test_opcheck():
-    q, k, v = qkv(n=70)
-    counts, indices = block_sparse.to_indices(torch.ones(1, 1, 3, 3, dtype=torch.bool))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("n", "m"), [(70, 70), (0, 70), (70, 0)])
+def test_opcheck(n, m, dtype):
+    q, k, v = qkv(n=70, dtype=dtype)
+    q, k, v = q[:, :, :n], k[:, :, :m], v[:, :, :m]
+    mask = torch.ones(1, 1, math.ceil(n / 32), math.ceil(m / 32), dtype=torch.bool)
+    counts, indices = block_sparse.to_indices(mask)
     torch.library.opcheck(
         torch.ops.accelerate_hooks.block_sparse_attention.default,
-        (q, k, v, counts, indices, torch.rand(2, 70) < 0.8, 32, 32, True, 0.1, True),
+        (q, k, v, counts, indices, torch.rand(2, m) < 0.8, 32, 32, True, 0.1, True),
     )
 
 
@@ -358,8 +434,15 @@ def test_compiles_as_one_graph():
         ({"block_mask": torch.ones(1, 1, 3, 3)}, "give bools"),
         ({"block_size": 0}, "positive"),
         ({"block_size": 16.0}, "give an integer"),
-        ({"block_mask": None}, "give a bool tensor"),
+        ({"block_mask": None}, "give bools"),
+        ({"block_mask": torch.ones(1, 1, 3, 3, dtype=torch.bool, device="meta")}, "is on meta"),
+        ({"block_mask": (None, torch.zeros(1, 1, 3, 3).int())}, "counts are a NoneType"),
+        ({"block_mask": (torch.zeros(1, 1, 3).int(), [0])}, "indices are a list"),
+        ({"block_mask": torch.zeros(2, 1, 1, 3, 3).int().unbind(0)}, r"counts is \(1, 1, 3, 3\)"),
         ({"key_mask": torch.ones(2, 299).bool()}, r"bools \[2 or 1, 300\]"),
+        ({"key_mask": torch.ones(300).bool()}, r"bools \[2 or 1, 300\]"),
+        ({"key_mask": torch.ones(2, 300, device="meta").bool()}, "on cpu"),
+        ({"key_mask": [True] * 300}, r"bools \[2 or 1, 300\]"),
     ],
 )
 def test_errors_name_the_cause_and_the_fix(change, words):
@@ -377,6 +460,23 @@ def test_gradients_are_refused():
         block_sparse_attention(q.requires_grad_(), k, v, mask)
     with torch.no_grad():
         block_sparse_attention(q, k, v, mask)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")  # of jvp itself
+@pytest.mark.parametrize("place", range(3))
+def test_tangents_are_refused(place):
+    given_ = qkv()
+    mask = torch.ones(1, 1, 3, 3, dtype=torch.bool)
+
+    def attend(t):
+        return block_sparse_attention(*given_[:place], t, *given_[place + 1 :], mask)
+
+    with pytest.raises(KernelError, match="no derivative"):
+        torch.func.jvp(attend, (given_[place],), (given_[place],))
+    with forward_ad.dual_level(), torch.no_grad():
+        with pytest.raises(KernelError, match="no derivative"):
+            attend(forward_ad.make_dual(given_[place], given_[place]))
+        attend(given_[place])
 
 
 def test_what_triton_cannot_take_is_counted(monkeypatch):

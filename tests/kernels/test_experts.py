@@ -158,6 +158,18 @@ def test_the_default_dtype_is_the_users(dtype):
     assert torch.equal(got, wanted)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit")  # of jvp itself
+@pytest.mark.parametrize("place", [0, 2, 3, 4])
+def test_tangents_are_refused(place):
+    given_ = example()
+
+    def run(t):
+        return skip_experts(*given_[:place], t, *given_[place + 1 :])
+
+    with pytest.raises(KernelError, match="no derivative"):
+        torch.func.jvp(run, (given_[place],), (given_[place],))
+
+
 def test_opcheck():
     given_ = (*example(), None, None, "silu", True, False)
     torch.library.opcheck(torch.ops.accelerate_hooks.skip_experts.default, given_)

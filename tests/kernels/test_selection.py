@@ -13,8 +13,10 @@ from accelerate_hooks.kernels import (
     Selection,
     attention_mass,
     block_sparse_attention,
+    esap,
     pool_tokens,
     select_blocks,
+    window_attention,
 )
 
 SEEDS = st.integers(0, 2**31)
@@ -107,6 +109,30 @@ def test_what_is_asked_for_is_kept(scores, seed, rule, sinks):
         assert mask[..., r, r * count_columns // count_rows].all()
 
 
+@given(maps(), SEEDS, RULES, st.floats(0, 1), st.sampled_from([torch.float64, torch.float16]))
+def test_laws_hold_for_scores_that_are_no_numbers(scores, seed, rule, share, dtype):
+    rows, columns = scores.shape[-2:]
+    odd = torch.tensor([math.inf, -math.inf, math.nan, torch.finfo(dtype).max], dtype=dtype)
+    which = torch.randint(0, 8, scores.shape, generator=seeded(seed))
+    scores = torch.where(which < 4, odd[which % 4], scores.to(dtype))
+    if columns and rows:
+        scores[..., rows // 2, :] = odd[seed % 4]
+    visible = torch.rand(rows, columns, generator=seeded(seed + 1)) < 0.7
+    dense = torch.rand(columns, generator=seeded(seed + 2)) < 0.2
+    named = {"diagonal": True, "sinks": 1, "visible": visible, "dense_columns": dense}
+    plan = Selection.of(rows, columns, rule, **named)
+    mask = select_blocks(scores, share, rule=rule, **named)
+    assert not (mask & ~visible).any()
+    assert mask[..., (visible & dense) | plan.first].all()
+    assert torch.equal(mask.any(-1), visible.any(-1).expand(mask.shape[:-1]))
+    assert not (mask & ~select_blocks(scores, (share + 1) / 2, rule=rule, **named)).any()
+    if rule == "row" and rows:
+        free = (visible & ~dense).sum(1)
+        count = (free * share - 1e-9).ceil().maximum(plan.first.sum(1))
+        count = count.maximum(((free > 0) & ~(visible & dense).any(1)).long())
+        assert ((mask & ~dense).sum(-1) == count).all()
+
+
 @given(maps(), SEEDS, st.sampled_from(["quantile", "row"]), st.floats(0, 1), st.booleans())
 def test_the_density_is_known_beforehand(scores, seed, rule, share, causal):
     """Blocks kept by name count as chosen: nothing is kept beyond what was asked for."""
@@ -138,6 +164,15 @@ def test_each_head_may_have_a_share_of_its_own(scores, rule, seed):
         assert torch.equal(mask[:, head], select_blocks(scores[:, head], share, rule=rule))
 
 
+@given(st.integers(0, 10), RULES, st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
+def test_a_share_is_what_its_dtype_can_say(tenths, rule, dtype):
+    """0.1 of 10 columns is one, however 0.1 is rounded."""
+    scores = torch.ones(1, 1, 10, 10)
+    wanted = select_blocks(scores, tenths / 10, rule=rule)
+    for share in (torch.tensor([tenths / 10], dtype=dtype), torch.tensor(tenths / 10, dtype=dtype)):
+        assert torch.equal(select_blocks(scores, share, rule=rule), wanted)
+
+
 @given(SEEDS, st.integers(1, 40), st.sampled_from([3, 8]), st.booleans())
 def test_mass_is_that_of_the_softmax(seed, tokens, block, causal):
     q, k = torch.randn(2, 2, 4, tokens, 8, generator=seeded(seed), dtype=torch.float64)
@@ -153,6 +188,20 @@ def test_mass_is_that_of_the_softmax(seed, tokens, block, causal):
         assert torch.allclose(mass[:, :, r, c].double(), wanted, atol=1e-6)
 
 
+@pytest.mark.parametrize(("n", "m"), [(0, 5), (5, 0), (0, 0)])
+def test_there_is_no_mass_in_nothing(n, m):
+    mass = attention_mass(torch.zeros(1, 2, n, 4), torch.zeros(1, 2, m, 4), 2)
+    assert mass.shape == (1, 2, math.ceil(n / 2), math.ceil(m / 2)) and not mass.any()
+
+
+def test_a_region_is_no_larger_than_what_there_is():
+    x = torch.randn(1, 2, 6, 4, generator=seeded(0))
+    large = 1 << 50
+    pooled = pool_tokens(x, (2, 3), (large, 2))
+    assert torch.equal(pooled, pool_tokens(x, (2, 3), (2, 2)))
+    assert torch.equal(attention_mass(x, x[:, :, :4], large), attention_mass(x, x[:, :, :4], 6))
+
+
 @pytest.mark.slow
 def test_a_draft_compiles_as_one_graph():
     q, k, v = torch.randn(3, 1, 2, 256, 32, generator=seeded(0)).unbind(0)
@@ -166,10 +215,40 @@ def test_a_draft_compiles_as_one_graph():
     torch.testing.assert_close(compiled(q, k, v), sparse(q, k, v))
 
 
+@pytest.mark.slow
+def test_a_graph_takes_any_length():
+    def sparse(q, k, v):
+        n = q.shape[2]
+        a, b = (pool_tokens(t, (n,), (16,)) for t in (q, k))
+        mask = select_blocks((a @ b.mT).softmax(-1), 0.5, rule="row", diagonal=True)
+        out = block_sparse_attention(q, k, v, mask, block_size=16, is_causal=True)
+        wide = window_attention(q, k, v, 20, tile=(16,), key_mask=q[:, 0, :, 0] < 1)
+        return out + wide, attention_mass(q, k, 16), esap(q, k)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(sparse, fullgraph=True, backend="eager")
+    for tokens in (64, 96, 70, 33):
+        q, k, v = torch.randn(3, 1, 2, tokens, 8, generator=seeded(tokens)).unbind(0)
+        torch.testing.assert_close(compiled(q, k, v), sparse(q, k, v))
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
         (lambda: select_blocks(torch.zeros(2, 2), 1.5), "share=1.5"),
+        *(
+            (lambda share=share: select_blocks(torch.zeros(3, 2, 2), share), words)
+            for share, words in (
+                (torch.tensor(1.5), "0 to 1"),
+                (torch.tensor([0.5, -1.0, 0.5]), "0 to 1"),
+                (torch.tensor(math.nan), "0 to 1"),
+                (torch.zeros(2), r"\[3\]"),
+                (torch.zeros(1, 3), r"\[3\]"),
+                (torch.tensor(0.5 + 0j), "0 to 1"),
+                ("0.5", "0 to 1"),
+                (None, "0 to 1"),
+            )
+        ),
         (lambda: select_blocks(torch.zeros(2, 2), 0.5, rule="best"), "quantile, row or mass"),
         (
             lambda: select_blocks(torch.zeros(2, 2), 0.5, dense_rows=torch.ones(3).bool()),
@@ -178,6 +257,18 @@ def test_a_draft_compiles_as_one_graph():
         (lambda: pool_tokens(torch.zeros(5, 2), (2, 2), (1, 1)), "4 tokens"),
         (lambda: pool_tokens(torch.zeros(4, 2), (2, 2), (1,)), "as many axes"),
         (lambda: pool_tokens(torch.zeros(4, 2), (2, 2), (1, 0)), "positive"),
+        (lambda: pool_tokens(torch.zeros(4, 2), (4.0,), (2,)), "integers"),
+        (lambda: pool_tokens(torch.zeros(4, 2), 4, 2), "integers"),
+        (lambda: attention_mass(*torch.zeros(2, 1, 2, 8, 4), 0), "positive"),
+        (lambda: attention_mass(*torch.zeros(2, 1, 2, 8, 4), 2.0), "positive"),
+        (lambda: attention_mass(torch.zeros(1, 3, 8, 4), torch.zeros(1, 2, 8, 4), 2), "multiple"),
+        (lambda: attention_mass(torch.zeros(1, 2, 8, 4), torch.zeros(1, 2, 8, 5), 2), "head size"),
+        (lambda: attention_mass(*torch.zeros(2, 2, 8, 4), 2), "give \\[batch"),
+        (
+            lambda: attention_mass(*torch.zeros(2, 1, 2, 8, 4), 2, key_mask=torch.ones(8).bool()),
+            r"bools \[1 or 1, 8\]",
+        ),
+        (lambda: select_blocks(torch.zeros(2, 2), 0.5, dense_rows=[True, True]), "dense_rows is a"),
     ],
 )
 def test_errors_name_the_cause_and_the_fix(call, words):

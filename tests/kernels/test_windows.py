@@ -89,10 +89,20 @@ def test_a_wide_window_is_dense_attention():
     torch.testing.assert_close(out, causal, atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("grid", [None, (0,), (0, 5), (3, 0, 2)])
+def test_no_tokens_are_no_work(grid):
+    q = torch.zeros(2, 3, 0, 8)
+    mask = torch.zeros(2, 0, dtype=torch.bool)
+    out, lse = window_attention(q, q, q, 2, grid=grid, key_mask=mask, return_lse=True)
+    assert out.shape == (2, 3, 0, 8) and lse.shape == (2, 3, 0)
+
+
 def test_a_grid_in_its_own_order_is_not_reordered():
     assert tile_order((40,), (8,)) is None
     assert tile_order((4, 5, 6), (2, 5, 6)) is None
-    assert tile_order((4, 5, 6), (4, 1, 6)) is not None
+    assert tile_order((4, 5, 6), (1, 1, 3)) is None
+    assert tile_order((4, 5, 6), (1, 1, 4)) is not None
+    assert tile_order((1, 5, 6), (1, 3, 8)) is None
     assert tile_order((4, 5, 6), (1, 2, 3)) is not None
 
 
@@ -111,7 +121,9 @@ def test_blocks_are_tiles_where_the_grid_is_a_multiple_of_them(drawn, times):
 
 def spread(grid, tile):
     """The mean over blocks of the variance of their tokens' places."""
-    at = torch.stack(torch.unravel_index(tile_order(grid, tile), grid)).double()
+    order = tile_order(grid, tile)
+    order = torch.arange(math.prod(grid)) if order is None else order
+    at = torch.stack(torch.unravel_index(order, grid)).double()
     blocks = at.split(math.prod(tile), 1)
     return sum(b.var(1, unbiased=False).sum().item() for b in blocks) / len(blocks)
 
@@ -135,6 +147,15 @@ def test_blocks_are_compact_where_it_is_none(grid):
         ({"grid": (4, 5), "tile": (2,)}, "as many axes"),
         ({"window": -1}, "0 or more"),
         ({"grid": (1, 1, 4, 5)}, "one to three"),
+        ({"grid": 20}, "one to three"),
+        ({"grid": (-4, -5)}, "one to three"),
+        ({"tile": 16}, "as many axes"),
+        ({"window": 4.5}, "as many axes"),
+        ({"window": (4.5,)}, "as many axes"),
+        ({"grid": (4, 5), "key_mask": torch.ones(20).bool()}, r"bools \[1 or 1, 20\]"),
+        ({"grid": (4, 5), "key_mask": torch.ones(1, 19).bool()}, r"bools \[1 or 1, 20\]"),
+        ({"grid": (4, 5), "v": torch.zeros(1, 1, 19, 8)}, "k and v differ"),
+        ({"q": torch.zeros(20, 8)}, "give \\[batch"),
     ],
 )
 def test_errors_name_the_cause_and_the_fix(change, words):
