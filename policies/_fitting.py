@@ -16,6 +16,7 @@ from accelerate_hooks.errors import SpecError, UnsupportedModelError
 from accelerate_hooks.opaque import opaque_functions
 from accelerate_hooks.policies._evolving import acceptance, evolve
 from accelerate_hooks.policies._hull import split
+from accelerate_hooks.policies._means import packed
 from accelerate_hooks.policies._pruning import Layer, mixtures
 from accelerate_hooks.policies._routers import chosen
 from accelerate_hooks.policies._watching import Seen, Watch, look, thresholds, watch
@@ -68,18 +69,21 @@ def fit_rule(policy: Any, model: nn.Module, data: Any, target: float | None, pro
     }
     tried = {way: tuple(values[p] for p in places) for way, places in ways.items()}
     accepted: dict[str, float] = {}
+    made_for = {"policy": policy.name, "model": _model_of(model), "layers": names}
+    means = packed([s.means() for s in seen.values()]) if data is not None else {}
     if data is not None:
         fitness = None
+        base = replace(policy, artifact=Artifact.create(means, **made_for))
         with contextlib.suppress(UnsupportedModelError):  # there are no logits
-            fitness = acceptance(model, lambda plan: replace(policy, **{rule: plan}), data)
+            fitness = acceptance(model, lambda plan: replace(base, **{rule: plan}), data)
         if fitness is not None:
             accepted = {way: fitness(numbers) for way, numbers in tried.items()}
     best = max(accepted, key=lambda way: accepted[way]) if accepted else "split"
     kept = [cost[p] for cost, p in zip(costs, ways[best], strict=True)]
     artifact = Artifact.create(
-        {"kept": torch.tensor(kept), "thresholds": torch.tensor(tried[best], dtype=torch.float64)},
-        policy=policy.name, model=_model_of(model), rule=rule, target=target, layers=names,
-        tokens=seen[names[0]].tokens, way=best, esap=accepted,
+        {"kept": torch.tensor(kept), "thresholds": torch.tensor(tried[best], dtype=torch.float64)}
+        | means,
+        **made_for, rule=rule, target=target, tokens=seen[names[0]].tokens, way=best, esap=accepted,
     )  # fmt: skip
     return replace(policy, **{rule: tried[best]}, artifact=artifact)
 

@@ -29,6 +29,7 @@ class Seen:
     """Of one layer, sums over tokens; `[E]` by expert and `[settings]` by rule.
 
     asked: how often; weight: of the router; norm: of the expert's output; both: their product.
+    given: the sum of the expert's outputs ``[E, H]``.
     kept, error: a rule's number of experts, and the square of what leaving out the others changes,
     as a share of that of the token in the residual stream (in the output where there is none).
     """
@@ -38,15 +39,20 @@ class Seen:
     weight: Tensor
     norm: Tensor
     both: Tensor
+    given: Tensor
     kept: dict[str, Tensor] = field(default_factory=dict)
     error: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, other: Seen) -> None:
-        for name in ("tokens", "asked", "weight", "norm", "both"):
+        for name in ("tokens", "asked", "weight", "norm", "both", "given"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for mine, theirs in ((self.kept, other.kept), (self.error, other.error)):
             for rule, values in theirs.items():
                 mine[rule] = mine[rule] + values
+
+    def means(self) -> Tensor:
+        """What each expert gives on average ``[E, H]``."""
+        return self.given / self.asked.clamp(min=1).unsqueeze(1)
 
     def scores(self) -> dict[str, Tensor]:
         """Of each expert ``[E]``, the greater the more it is missed: how often it is asked; the
@@ -123,7 +129,9 @@ def look(
     asked.index_add_(0, places, torch.ones_like(w))
     for name, values in (("weight", w), ("norm", norm), ("both", w * norm)):
         sums[name].index_add_(0, places, values)
-    seen = Seen(float(len(ys)), asked, **sums)
+    given = torch.zeros(count, ys.shape[-1])
+    given.index_add_(0, places, ys[valid].float().cpu())
+    seen = Seen(float(len(ys)), asked, **sums, given=given)
     if rule is not None:
         whole = torch.einsum("tkh,tk->th", ys.float(), weights.float())
         size = (whole if stream is None else stream).double().square().sum(-1).clamp(min=1e-30)

@@ -15,6 +15,7 @@ from accelerate_hooks.kernels import FALLBACKS, skip_experts
 from accelerate_hooks.opaque import opaque_functions, uncompiled
 from accelerate_hooks.policies import _lists, _pruning, _weighing
 from accelerate_hooks.policies._experts import Experts, error_of, read_experts, slot_flops
+from accelerate_hooks.policies._means import instead, means_of
 from accelerate_hooks.policies._pruning import Criterion
 from accelerate_hooks.policies._routers import Plan, route
 from accelerate_hooks.policies._twins import has_own_forward
@@ -39,8 +40,11 @@ class ExpertSkip(Policy):
     max_dropped_mass: no token loses more than this share of ``sum w``: what the rules drop is taken
         back, greatest first, until that holds.
 
-    Where the router's weights have one sum for all tokens (it normalises them) those of the kept
-    experts are brought back to that sum; where not, they stay as they are.
+    compensate: where `fit` measured what each expert gives on average, that stands in for an expert
+        that is left out, at its weight; False does without.
+
+    Where nothing stands in, and the router's weights have one sum for all tokens (it normalises
+    them), those of the kept experts are brought back to that sum; else they stay as they are.
 
     ``top_k`` narrows what the model's own experts are given. The other rules keep another number of
     experts for each token, and run `kernels.skip_experts`, in which a slot that is left out costs
@@ -72,6 +76,7 @@ class ExpertSkip(Policy):
     floor: float | tuple[float, ...] | None = None
     min_experts: int = 1
     max_dropped_mass: float | None = None
+    compensate: bool = True
     prune: float | tuple[int, ...] | None = None
     criterion: Criterion = "aimer"
     merge: bool = False
@@ -142,7 +147,8 @@ class ExpertSkip(Policy):
     def acts(self, site: Site) -> frozenset[Effect]:
         if site.kind == "router":
             return frozenset({Effect.RESHAPE})
-        return frozenset({Effect.REPLACE if self.ragged else Effect.RESHAPE})
+        adds = self.artifact is not None and self.compensate
+        return frozenset({Effect.REPLACE if self.ragged or adds else Effect.RESHAPE})
 
     def check(self, session: Any) -> list[str]:
         if self.artifact is not None:
@@ -168,7 +174,8 @@ class ExpertSkip(Policy):
         model, or token ids.
 
         With one rule set (``ExpertSkip(mass=0.9)``), its number a layer, such that ``target``
-        experts are kept on average, where leaving out costs least. ``top_k`` needs no data: with
+        experts are kept on average, where leaving out costs least, and what each expert gives on
+        average, to stand in for it (``compensate``). ``top_k`` needs no data: with
         ``data=None`` the experts are tried on noise (LExI, arXiv 2509.02753).
 
         With ``prune``, what ``criterion`` measures; and with a ``target``, a share of all experts,
@@ -225,15 +232,17 @@ class ExpertSkip(Policy):
         ranked = weights.gather(1, order)
         indices = indices.gather(1, order)
         total = ranked.sum(-1, keepdim=True)
+        means = means_of(self, call)
         if not self.ragged:
             first = torch.arange(k, device=ranked.device) < count
-            some = self._renormalised(call, ranked * first, total)
+            some = self._weighed(call, ranked, first, total, means)
             call.note("narrowed", experts=float(count))
             routing = self._columns(call, indices, some, count)
             spared = slot_flops(call.site.module) * len(indices) * (k - routing[0].shape[1])
-            return call.proceed(routing=routing, spared=spared)
+            out = call.proceed(routing=routing, spared=spared)
+            return out if means is None else out + instead(means, indices, ranked * ~first)
         kept = self.keep(ranked, limit, call.depth)
-        some = self._renormalised(call, ranked * kept, total)
+        some = self._weighed(call, ranked, kept, total, means)
         lost = _lost(ranked * kept, total)
         counts = kept.sum(-1)
         tokens = (counts.unsqueeze(1) == torch.arange(1, k + 1, device=counts.device)).sum(0)
@@ -245,14 +254,17 @@ class ExpertSkip(Policy):
             return call.proceed()
         call.note("fewer experts", **numbers)
         experts = self._experts(call)
+        more = None if means is None else instead(means, indices, ranked * ~kept)
         if experts is None:
             call.remark(
                 f"expert_skip: {type(call.site.module).__name__} is of a form that skip_experts "
                 "does not know; it runs once for the tokens that keep one expert, once for two, ..."
             )
             order = counts.argsort(stable=True).split([int(n) for n in sizes])
-            return call.compute(lambda: self._in_turn(call, indices, some, order))
-        return call.compute(lambda: self._skip(call, experts, indices, some, mean / k))
+            out = call.compute(lambda: self._in_turn(call, indices, some, order))
+        else:
+            out = call.compute(lambda: self._skip(call, experts, indices, some, mean / k))
+        return out if more is None else out + more
 
     @uncompiled
     def _inside(self, call: Call, decide: _lists.Decide) -> Any:
@@ -323,6 +335,12 @@ class ExpertSkip(Policy):
             needed = (1.0 - before > self.max_dropped_mass + 1e-6).sum(-1, keepdim=True)
             count = torch.maximum(count, needed)
         return place < count
+
+    def _weighed(
+        self, call: Call, ranked: Tensor, kept: Tensor, total: Tensor, means: Tensor | None
+    ) -> Tensor:
+        some = ranked * kept
+        return some if means is not None else self._renormalised(call, some, total)
 
     def _renormalised(self, call: Call, weights: Tensor, total: Tensor) -> Tensor:
         """Kept weights, with the sum that all had where the router normalises."""

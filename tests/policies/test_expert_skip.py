@@ -1,12 +1,15 @@
 """ExpertSkip: its rules against a slow oracle (test_moe_families.py: what it makes of models)."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import TINY
 
-from accelerate_hooks import ExpertSkip, SpecError, enable
+from accelerate_hooks import ArtifactError, ExpertSkip, SpecError, enable
+from accelerate_hooks.artifact import Artifact
 
 
 @st.composite
@@ -147,3 +150,79 @@ def test_a_number_a_layer():
 def test_settings_are_checked(settings, words):
     with pytest.raises(SpecError, match=words):
         ExpertSkip(**settings)
+
+
+# -- what stands in for an expert ------------------------------------------------------------------
+
+
+def seen_experts(model, inputs):
+    """What every mixture is given and gives, and each of its experts at weight 1."""
+    found = []
+
+    def hook(module, args, out):
+        x, indices, weights = args[:3]
+        one = torch.ones_like(weights[:, :1])
+        plain = type(module).forward
+        ys = [plain(module, x, indices[:, [s]], one) for s in range(indices.shape[1])]
+        found.append((x, indices, weights, torch.stack(ys, 1), out))
+
+    experts = [m for n, m in model.named_modules() if n.endswith("experts") and m is not model]
+    handles = [m.register_forward_hook(hook) for m in experts]
+    with torch.no_grad():
+        model(**inputs)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [("qwen3_moe", {"mass": 0.5}), ("mixtral", {"top_k": 1}), ("deepseek_v3", {"ratio": 0.6})],
+)
+def test_the_mean_of_an_expert_stands_in_for_it(name, rule):
+    model, inputs = TINY[name].build(), TINY[name].inputs(2)
+    plain = seen_experts(model, inputs)
+    count = len(plain)
+    top = plain[0][1].shape[1]
+    fitted = ExpertSkip(**rule).fit(model, [inputs], target=1 + (top - 1) / 2, progress=False)
+    for i, (_, indices, _, ys, _) in enumerate(plain):
+        mean = fitted.artifact.tensors[f"mean.{i}"].float()
+        for e in indices.unique().tolist():
+            wanted = ys[indices == e].mean(0)
+            assert torch.allclose(mean[e], wanted, rtol=2e-2, atol=1e-2 * wanted.abs().max().item())
+    dropped = 0
+    with enable(model, fitted):
+        seen = seen_experts(model, inputs)
+    for i, (_, indices, weights, ys, out) in enumerate(seen):
+        order = weights.argsort(dim=-1, descending=True, stable=True)
+        limit = (fitted.top_k or (None,) * count)[i]
+        kept = fitted.keep(weights.gather(1, order), limit, i).gather(1, order.argsort(-1))
+        means = fitted.artifact.tensors[f"mean.{i}"].to(ys)[indices]
+        parts = torch.where(kept.unsqueeze(-1), ys, means) * weights.unsqueeze(-1)
+        assert torch.allclose(out, parts.sum(1).to(out), rtol=1e-4, atol=1e-4)
+        dropped += int((~kept).sum())
+    assert dropped
+
+
+def test_nothing_stands_in_where_all_are_kept():
+    model, inputs = TINY["qwen3_moe"].build(), TINY["qwen3_moe"].inputs(2)
+    fitted = ExpertSkip(mass=0.5).fit(model, [inputs], target=1.5, progress=False)
+    with torch.no_grad():
+        plain = model(**inputs).logits
+        with enable(model, replace(fitted, mass=1.0)):
+            assert torch.equal(model(**inputs).logits, plain)
+
+
+def test_means_of_another_width_are_refused():
+    model, inputs = TINY["qwen3_moe"].build(), TINY["qwen3_moe"].inputs(2)
+    fitted = ExpertSkip(mass=0.5).fit(model, [inputs], target=1.5, progress=False)
+    tensors = {n: t[:, :-1] if n.startswith("mean.") else t
+               for n, t in fitted.artifact.tensors.items()}  # fmt: skip
+    broken = replace(fitted, artifact=Artifact(tensors, fitted.artifact.meta))
+
+    def run():
+        with torch.no_grad(), enable(model, broken):
+            model(**inputs)
+
+    with pytest.raises(ArtifactError, match="fit again"):
+        run()
