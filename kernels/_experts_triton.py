@@ -24,9 +24,9 @@ def _plain(x, ACT: tl.constexpr):
     if ACT == "silu":
         return x * _sigmoid(x)
     elif ACT == "relu":
-        return tl.maximum(x, 0.0)
+        return tl.where(x < 0.0, 0.0, x)
     elif ACT == "relu2":
-        kept = tl.maximum(x, 0.0)
+        kept = tl.where(x < 0.0, 0.0, x)
         return kept * kept
     elif ACT == "gelu":
         return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
@@ -94,8 +94,8 @@ def _up(
                 tl.float32
             )
         if CLAMPED:
-            gate = tl.minimum(gate, 7.0)
-            linear = tl.minimum(tl.maximum(linear, -7.0), 7.0)
+            gate = tl.where(gate > 7.0, 7.0, gate)  # NaN stays
+            linear = tl.where(linear > 7.0, 7.0, tl.where(linear < -7.0, -7.0, linear))
             result = gate * _sigmoid(1.702 * gate) * (linear + 1.0)
         else:
             result = _plain(gate, ACT) * linear

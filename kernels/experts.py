@@ -56,7 +56,7 @@ def skip_experts(
     """
     _check(hidden, indices, weights, up, down, up_bias, down_bias, act, gated, transposed)
     return torch.ops.accelerate_hooks.skip_experts(
-        hidden, indices, weights, up, down, up_bias, down_bias, act, gated, transposed
+        hidden, indices.long(), weights, up, down, up_bias, down_bias, act, gated, transposed
     )
 
 
@@ -101,6 +101,8 @@ def _op(
     hidden: Tensor, indices: Tensor, weights: Tensor, up: Tensor, down: Tensor,
     up_bias: Tensor | None, down_bias: Tensor | None, act: str, gated: bool, transposed: bool,
 ) -> Tensor:  # fmt: skip
+    if len(up) == 0 or indices.numel() == 0:
+        return torch.zeros_like(hidden)
     given = (hidden, indices, weights, up, down, up_bias, down_bias, act, gated, transposed)
     unfit = None if hidden.dtype in _DTYPES else f"dtype {hidden.dtype}"
     if use_triton("skip_experts", hidden.device, unfit):
@@ -138,12 +140,13 @@ def grouped(
     x, sizes = hidden.index_select(0, token), counts.tolist()
     y = hidden.new_empty(len(token), hidden.shape[1])
     parts = zip(touched.tolist(), x.split(sizes), y.split(sizes), strict=True)
-    for e, some, place in parts:
-        first, second = (m[e] if transposed else m[e].mT for m in (up, down))
-        features = some @ first
-        if up_bias is not None:
-            features += up_bias[e]
-        torch.mm(activate(features, act, gated), second, out=place)
+    with torch.autocast(hidden.device.type, enabled=False):  # what is given has one dtype
+        for e, some, place in parts:
+            first, second = (m[e] if transposed else m[e].mT for m in (up, down))
+            features = some @ first
+            if up_bias is not None:
+                features += up_bias[e]
+            torch.mm(activate(features, act, gated), second, out=place)
     y = y.float()
     if down_bias is not None:
         y += down_bias[expert]
@@ -240,7 +243,8 @@ def _check(
         hidden.dtype == up.dtype == down.dtype and hidden.is_floating_point(),
         f"hidden {hidden.dtype}, up {up.dtype}, down {down.dtype}: give one floating-point dtype",
     )
-    require(not indices.is_floating_point(), f"indices are {indices.dtype}; give integers")
+    whole = not indices.is_floating_point() and indices.dtype != torch.bool
+    require(whole, f"indices are {indices.dtype}; give integers")
     for name, bias, size in (("up_bias", up_bias, features), ("down_bias", down_bias, outputs)):
         require(
             bias is None or tuple(bias.shape) == (len(up), size),

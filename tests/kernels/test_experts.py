@@ -146,6 +146,33 @@ def test_skipped_slots_are_not_read():
     assert skip_experts(hidden, indices, weights, up, down).isfinite().all()
 
 
+@pytest.mark.parametrize("choice", ["auto", "torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32])
+def test_indices_are_any_integers(dtype, choice, monkeypatch):
+    if choice == "triton" and not interpreted():
+        pytest.skip("needs TRITON_INTERPRET=1 (make test sets it)")
+    hidden, indices, weights, up, down = example()
+    wanted = skip_experts(hidden, indices, weights, up, down)
+    monkeypatch.setenv("ACCELERATE_HOOKS_KERNELS", choice)
+    got = skip_experts(hidden, indices.to(dtype), weights, up, down)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    none = skip_experts(hidden, indices.to(dtype), weights, up[:0], down[:0])
+    assert torch.equal(none, torch.zeros_like(hidden))
+
+
+@pytest.mark.parametrize("choice", ["auto", "torch"])
+@pytest.mark.parametrize("width", [16, 24])
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
+def test_autocast_changes_nothing(choice, width, autocast, monkeypatch):
+    """What it is given has one dtype already."""
+    monkeypatch.setenv("ACCELERATE_HOOKS_KERNELS", choice)
+    up, down = torch.randn(4, 64, width), torch.randn(4, width, 32)
+    hidden, indices, weights = torch.randn(5, width), torch.randint(0, 4, (5, 2)), torch.rand(5, 2)
+    wanted = skip_experts(hidden, indices, weights, up, down)
+    with torch.autocast("cpu", autocast):
+        assert torch.equal(skip_experts(hidden, indices, weights, up, down), wanted)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_the_default_dtype_is_the_users(dtype):
     wanted = skip_experts(*example())
@@ -202,6 +229,7 @@ def test_without_a_compiler_it_agrees(monkeypatch):
         ({"transposed": True}, "do not fit together"),
         ({"down": torch.zeros(4, 16, 32).bfloat16()}, "one floating-point dtype"),
         ({"indices": torch.zeros(3, 2)}, "give integers"),
+        ({"indices": torch.zeros(3, 2, dtype=torch.bool)}, "give integers"),
         ({"up_bias": torch.zeros(4, 63)}, "up_bias is"),
         ({"hidden": torch.zeros(3, 16, requires_grad=True)}, "no backward"),
     ],

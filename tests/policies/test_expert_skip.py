@@ -166,7 +166,7 @@ def seen_experts(model, inputs):
         ys = [plain(module, x, indices[:, [s]], one) for s in range(indices.shape[1])]
         found.append((x, indices, weights, torch.stack(ys, 1), out))
 
-    experts = [m for n, m in model.named_modules() if n.endswith("experts") and m is not model]
+    experts = [m for name, m in model.named_modules() if name.endswith(".experts")]
     handles = [m.register_forward_hook(hook) for m in experts]
     with torch.no_grad():
         model(**inputs)
