@@ -306,11 +306,18 @@ class Session:
         return out
 
     def _begin(self, root: Root, frame: Frame, seam: Seam, args: Any, kwargs: Any) -> Any:
-        """The forward of a root; where a policy asks more of a block than its names tell, one that
-        is only watched goes before it."""
+        """The forward of a root."""
+        try:
+            if frame.watch is None or not root.asks_blocks:
+                return self._dispatch(frame, seam, root.site, args, kwargs)
+            return self._watched(root, frame, seam, args, kwargs)
+        except flow.Unsure as unsure:
+            raise UnsupportedModelError(str(unsure)) from None
+
+    def _watched(self, root: Root, frame: Frame, seam: Seam, args: Any, kwargs: Any) -> Any:
+        """The same; where a policy asks more of a block than its names tell, one that is only
+        watched goes before it."""
         site = root.site
-        if frame.watch is None or not root.asks_blocks:
-            return self._dispatch(frame, seam, site, args, kwargs)
         state, before = torch.get_rng_state(), self._counters(frame)
         cached = cache_of(frame.arguments)[1] is not None
         # what another model of the run has kept is not to be begun again
@@ -319,11 +326,7 @@ class Session:
                 return self._dispatch(frame, seam, site, args, kwargs)
             except flow.Unsure:
                 if cached:
-                    raise UnsupportedModelError(
-                        f"{type(root.model).__name__}: several outputs of a block are shaped like "
-                        "its input; run one forward without a KV cache first, or give the family a "
-                        "patch"
-                    ) from None
+                    raise
             frame.step.run.clear()
         self._rewind(frame, state, before)
         frame.watch, frame.plainly = root.flow.watch(), True
