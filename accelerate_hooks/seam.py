@@ -52,7 +52,8 @@ class Override:
         return self.handler(self, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or "original" not in self.__dict__:
+        # `torch.export` says by a forward's code what it exports
+        if (name.startswith("__") and name != "__code__") or "original" not in self.__dict__:
             raise AttributeError(name)
         return getattr(self.__dict__["original"], name)
 

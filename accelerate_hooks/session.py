@@ -416,9 +416,11 @@ class Session:
         if self.is_paused():
             return "paused"
         why = None
-        if self._trains:
+        if torch.compiler.is_exporting():
+            why = "the model is being exported (what comes out is the plain model)"
+        elif self._trains:
             return None
-        if torch.is_grad_enabled():
+        elif torch.is_grad_enabled():
             why = "gradients are on (use torch.no_grad() or torch.inference_mode())"
         elif model.training:
             why = "the model is in training mode (call model.eval())"

@@ -254,3 +254,21 @@ def test_nan_is_never_a_reason_to_skip(model, criterion):
     with enable(model, LazyStep(criterion=criterion, warmup=1)) as session:
         contract.outputs(model, broken)
     assert not session.skips
+
+
+@pytest.mark.parametrize("scope", ["model", "stack"])
+@pytest.mark.parametrize("paused", [False, True])
+def test_what_is_exported_is_the_plain_model(scope, paused):
+    model, given = TINY["dit"].build(), TINY["dit"].inputs(2)
+    with torch.no_grad():
+        (plain,) = model(**given)
+        with enable(model, LazyStep(criterion="cadence", scope=scope, warmup=1)) as session:
+            if paused:
+                with session.paused():
+                    program = torch.export.export(model, (), given)
+            else:
+                with pytest.warns(ah.InertWarning, match="exported"):
+                    program = torch.export.export(model, (), given)
+            assert not contract.cached(session)
+            assert torch.equal(model(**given)[0], plain)
+        assert torch.equal(program.module()(**given)[0], plain)
