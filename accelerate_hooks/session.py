@@ -124,6 +124,10 @@ class Session:
                 stacklevel=2,
             )
         tell_replaced(self)
+        for root in self._roots.values():
+            root.let_go()
+        self.scheduler = None
+        self._reach.clear()
         return left
 
     def reset(self) -> None:

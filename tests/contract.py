@@ -763,6 +763,24 @@ def runs_in_bf16(make_model: Model, make_inputs: Inputs, policy: Any) -> None:
     check(law, kinds, "outputs have other dtypes")
 
 
+def lets_go(make_model: Model, make_inputs: Inputs, policy: Any) -> None:
+    """A session that is over keeps its report, not its model."""
+    law = "lets go"
+    model = make_model()
+    gone = [weakref.ref(module) for module in model.modules()]
+    with torch.no_grad(), enable(model, policy.example()) as session:
+        for _ in generation(model, make_inputs(2), 3):
+            pass
+    report = str(session.report())
+    here = all(site.module is model.get_submodule(site.path) for site in session.sites)
+    check(law, here, "sites do not say which modules they were")
+    del model, _
+    gc.collect()
+    left = {type(module()).__name__ for module in gone} - {"NoneType"}
+    check(law, not left, f"{sorted(left)} are kept alive by a session that is over")
+    check(law, str(session.report()) == report, "the report changed with the end of the model")
+
+
 LAWS = (
     exact_at_zero,
     no_trace_left,
@@ -773,6 +791,7 @@ LAWS = (
     bounded_memory,
     host_reads_are_declared,
     runs_in_bf16,
+    lets_go,
 )
 
 
