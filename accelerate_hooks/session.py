@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -163,7 +164,7 @@ class Session:
             )
         return Report.of(self, run)
 
-    def save_recipe(self, path: str) -> None:
+    def save_recipe(self, path: str | os.PathLike[str]) -> None:
         """Write the policies, and where they act, to a recipe that `enable` takes by its path."""
         from accelerate_hooks.recipe import save_recipe
 

@@ -1,6 +1,9 @@
 """What users get wrong: an error of our tree or the documented behaviour, and a model left as it
 was."""
 
+import copy
+from pathlib import Path
+
 import contract
 import pytest
 import torch
@@ -72,6 +75,8 @@ def state(model):
         (None, SpecError, "NoneType"),
         (3, SpecError, "int"),
         ([], SpecError, ""),
+        (Path("no such file.json"), ArtifactError, "no such file.json"),
+        (Path("lazy_step"), ArtifactError, "lazy_step"),
         ("no such file.json", ArtifactError, "no such file.json"),
     ],
 )
@@ -148,14 +153,15 @@ def test_outputs_that_are_no_tensor_are_left_alone():
 
 
 def test_a_recipe_of_a_session_acts_where_it_acted(model, tmp_path):
-    path = str(tmp_path / "recipe.json")
+    path = tmp_path / "recipe.json"
     wanted = "lazy_step@single*:scope=site,criterion=cadence"
     with enable(model, wanted) as session:
         session.save_recipe(path)
         sites = [site.path for site in session.sites]
     assert sites and all(site.startswith("single") for site in sites)
-    with enable(model, path) as session:
-        assert [site.path for site in session.sites] == sites
+    for given in (path, str(path), [path]):
+        with enable(model, given) as session:
+            assert [site.path for site in session.sites] == sites
 
 
 def test_not_strict_is_noted(model):
@@ -189,6 +195,21 @@ def test_a_second_enable(model, second):
         pass
 
 
+@pytest.mark.parametrize("scope", ["model", "site"])
+def test_a_part_of_an_enabled_model(model, scope):
+    block = model.transformer_blocks[0]
+    with enable(model, LazyStep(scope=scope)) as session:
+        before = state(model)
+        with pytest.raises(AlreadyEnabledError, match=r"lazy_step.*disable"):
+            enable(block, LazyStep())
+        assert state(model) == before
+        assert ah.active(block) is session
+        assert ah.active(copy.deepcopy(block)) is None
+    assert ah.active(block) is None
+    with enable(block, contract.BlockSkip(), strict=False):
+        pass
+
+
 def test_a_pipe_that_shares_the_transformer(pipe):
     other = Pipe.from_pipe(pipe)
     assert other.transformer is pipe.transformer
@@ -212,6 +233,17 @@ def test_the_environment_switches_us_off(model, monkeypatch):
         assert "ACCELERATE_HOOKS=0" in str(session.report())
     with pytest.raises(SpecError):
         enable(model, "no_such_policy")
+
+
+@pytest.mark.parametrize("value", ["off", "false", "00", "lazy_step:preset=fast"])
+def test_the_environment_is_understood_or_told(model, monkeypatch, value):
+    monkeypatch.setenv("ACCELERATE_HOOKS", value)
+    with pytest.raises(SpecError, match=f"ACCELERATE_HOOKS='{value}'; give 0"):
+        enable(model, LazyStep())
+    for on in ("", "1", " 1 "):
+        monkeypatch.setenv("ACCELERATE_HOOKS", on)
+        with enable(model, LazyStep()) as session:
+            assert session.active
 
 
 def test_a_generation_that_raises(pipe):
