@@ -73,7 +73,7 @@ def enable(
     for item in addressed:
         for base in type(item.policy).__mro__[:-1]:
             opaque_members(base)
-    notes: list[str] = []
+    notes = list(models.notes)
     plan = _plan(roots, addressed, strict, notes)
     check_conflicts(plan)
     _refuse_ranks(roots, addressed)
@@ -150,11 +150,11 @@ def _models(target: Any) -> Pipeline:
     pipeline = pipeline_of(target)
     if pipeline is None:
         raise UnsupportedModelError(
-            f"{type(target).__name__} is neither an nn.Module nor a DiffusionPipeline; give the "
-            "model itself"
+            f"{type(target).__name__} is neither an nn.Module nor a DiffusionPipeline with a model "
+            "that is given a timestep; give the model itself"
         )
     models = {name: _uncompiled(model) for name, model in pipeline.models.items()}
-    return Pipeline(models, pipeline.scheduler, pipeline.now)
+    return Pipeline(models, pipeline.scheduler, pipeline.now, pipeline.notes)
 
 
 def _uncompiled(model: nn.Module) -> nn.Module:

@@ -27,6 +27,7 @@ from accelerate_hooks.errors import (
 )
 
 FLUX = TINY["flux"]
+DIT = TINY["dit"]
 
 
 class Pipe(DiffusionPipeline):
@@ -221,6 +222,57 @@ def test_a_pipe_that_shares_the_transformer(pipe):
         assert not session.active
     with enable(other, LazyStep()):
         assert ah.active(pipe) is not None
+
+
+class Stages(DiffusionPipeline):
+    """Denoisers and schedulers under names of their own, as combined pipelines have them."""
+
+    def __init__(self, prior_prior, prior_scheduler, transformer, unconditional_transformer,
+                 decoder_scheduler, controlnet, vae):  # fmt: skip
+        super().__init__()
+        given = {name: value for name, value in locals().items() if name != "self"}
+        self.register_modules(**{n: v for n, v in given.items() if not n.startswith("_")})
+
+    def __call__(self, steps):
+        x = DIT.inputs(2)["hidden_states"]
+        labels = torch.tensor([1, 2])
+        stages = (
+            (self.prior_scheduler, [self.prior_prior]),
+            (self.decoder_scheduler, [self.transformer, self.unconditional_transformer]),
+        )
+        for scheduler, models in stages:
+            scheduler.set_timesteps(steps)
+            for t in scheduler.timesteps:
+                with torch.no_grad():
+                    self.controlnet(x, t)
+                    out = sum(m(x, t.expand(2), labels, return_dict=False)[0] for m in models)
+                x = scheduler.step(out[:, :4], t, x, return_dict=False)[0]
+        return x
+
+
+class ControlNet(nn.Linear):
+    def forward(self, x, timestep):
+        return [super().forward(x)]
+
+
+def test_every_model_that_is_given_a_timestep_is_a_denoiser():
+    models = [DIT.build() for _ in range(3)]
+    schedulers = [FlowMatchEulerDiscreteScheduler() for _ in range(2)]
+    pipe = Stages(
+        models[0], schedulers[0], models[1], models[2], schedulers[1], ControlNet(8, 8),
+        nn.Linear(2, 2),
+    )  # fmt: skip
+    plain = pipe(8)
+    with enable(pipe, LazyStep.exact()) as session:
+        assert torch.equal(pipe(8), plain)
+        assert "controlnet (ControlNet): computes plainly" in str(session.report())
+    with enable(pipe, LazyStep(criterion="cadence", warmup=1)) as session:
+        names = [root.name for root in session.roots]
+        assert names == ["transformer", "prior_prior", "unconditional_transformer"]
+        first = pipe(8)
+        assert torch.equal(pipe(8), first) and not torch.equal(first, plain)
+        assert all(session.record(root.site).skipped for root in session.roots)
+        assert ah.active(models[2]) is session
 
 
 def test_the_environment_switches_us_off(model, monkeypatch):
