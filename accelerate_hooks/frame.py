@@ -92,6 +92,7 @@ class Frame:
         "pending",
         "plainly",
         "reads",
+        "repeatable",
         "root",
         "saved_flops",
         "session",
@@ -116,6 +117,7 @@ class Frame:
         self.flops: FlopMode | None = None
         self.watch = root.flow.watch()
         self.plainly = False
+        self.repeatable = False
         self.pending: list[Any] = []
         self.visits: dict[Seam, int] = {}
         self.reads = 0

@@ -261,6 +261,11 @@ class Session:
         outer, frame.parent = frame.parent, call
         try:
             return policies[0][1].around(call)
+        except flow.Unsure:
+            if not frame.repeatable or site.kind == "model":
+                raise
+            frame.plainly = True  # to its end: what others keep of a forward needs the whole of it
+            return frame.plain(seam, args, kwargs)
         finally:
             frame.parent = outer
 
@@ -326,18 +331,25 @@ class Session:
         state, before = torch.get_rng_state(), self._counters(frame)
         cached = cache_of(frame.arguments)[1] is not None
         # what another model of the run has kept is not to be begun again
+        whole = False
         if cached or root.flow.watched or not frame.step.run.slots:
+            frame.repeatable = not cached
             try:
-                return self._dispatch(frame, seam, site, args, kwargs)
+                out = self._dispatch(frame, seam, site, args, kwargs)
             except flow.Unsure:
                 if cached:
                     raise
+            else:
+                if not frame.plainly:
+                    return out
+                whole = not (frame.left_out or frame.cuts)  # and so watched already
             frame.step.run.clear()
-        self._rewind(frame, state, before)
-        frame.watch, frame.plainly = root.flow.watch(), True
-        seam.original(*args, **kwargs)
+        if not whole:
+            self._rewind(frame, state, before)
+            frame.watch, frame.plainly = root.flow.watch(), True
+            seam.original(*args, **kwargs)
         root.flow.settle(self, root, frame.watch or flow.Watch())
-        frame.watch, frame.plainly = None, False
+        frame.watch, frame.plainly, frame.repeatable = None, False, False
         self._rewind(frame, state, before)
         return self._dispatch(frame, seam, site, args, kwargs)
 
