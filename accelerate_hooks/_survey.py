@@ -44,7 +44,7 @@ def survey(session: Session, run: int | None = None) -> Data:
         "versions": versions(),
         "run": run,
         "policies": [str(policy) for policy in session.policies],
-        "models": {root.name or "model": type(root.model).__name__ for root in session.roots},
+        "models": {root.name or "model": root.class_name for root in session.roots},
         "active": session.active,
         "notes": list(session.notes),
         "inert_forwards": dict(session.inert_forwards),

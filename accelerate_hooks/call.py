@@ -373,7 +373,7 @@ class Call:
         """Make sure that this block's port and stack are known: where no forward was watched yet,
         one goes before this."""
         if not self.site.port.confirmed and self._frame.watch is not None:
-            raise flow.Unsure
+            raise flow.Unsure(self)
 
     def inert(self, reason: str) -> None:
         """Say, once a session, that the policy can do nothing here: a line in the report, and a
@@ -419,6 +419,12 @@ class Call:
     def _replaced_arguments(self, args: Any, kwargs: Any, changes: dict[str, Any]) -> Any:
         return replace_arguments(self.site.port.parameters, args, kwargs, changes)
 
+    def _of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """This visit with other arguments."""
+        call = Call(self.site, self._frame, self._seam, args, kwargs, self._policies, self.parent)
+        call._spared = self._spared
+        return call
+
     def _next(self, args: tuple[Any, ...], kwargs: dict[str, Any], spared: float = 0.0) -> Any:
         mine = [*self._spared, (self._policy_index, spared)] if spared else self._spared
         if len(self._policies) < 2:
@@ -454,8 +460,7 @@ class Call:
         args, kwargs = tree.transform(_cloned, changed)
         with torch.random.fork_rng(devices=[]):
             out = frame.plain(self._seam, args, kwargs)
-        beside = Call(self.site, frame, self._seam, args, kwargs, self._policies, self.parent)
-        frame.session.record(self.site).form.learn(beside, out)
+        frame.session.record(self.site).form.learn(self._of(args, kwargs), out)
         frame.note(self.site, "first visit: computed beside, for the form of its output", {})
 
     def _fill(self, name: str, cache: Any) -> None:

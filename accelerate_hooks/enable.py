@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
+import os
+import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -17,6 +19,7 @@ from accelerate_hooks.listen import cache_context, follow_scheduler, loop, progr
 from accelerate_hooks.opaque import opaque_members
 from accelerate_hooks.patch import Pipeline
 from accelerate_hooks.policy import Policy
+from accelerate_hooks.recipe import load_recipe
 from accelerate_hooks.registry import patch_for, pipeline_of
 from accelerate_hooks.seam import Override, Seam, seam_of
 from accelerate_hooks.session import Session
@@ -24,7 +27,8 @@ from accelerate_hooks.site import Effect, Kind, Site
 from accelerate_hooks.spec import Addressed, parse
 
 _RISKY = frozenset({Effect.SKIP, Effect.RESHAPE})
-Wanted = Policy | Addressed | str
+Wanted = Policy | Addressed | str | os.PathLike[str]
+_LIVE: weakref.WeakSet[Session] = weakref.WeakSet()
 
 
 def enable(
@@ -39,7 +43,7 @@ def enable(
 
     target: an ``nn.Module`` of transformers or diffusers, or a ``DiffusionPipeline``.
     policy: a `Policy`, a spec such as ``"lazy_step:preset=fast"``, the path of a recipe, or a list
-        of these; the first in the list is the outermost.
+        of these; the first in the list is the outermost. A ``Path`` is that of a recipe.
     only: a glob on site paths (``"transformer_blocks.*"``).
     strict: raise where a policy would do nothing; else say so in the report.
     audit: recompute one of ``audit`` skipped visits of each site beside the run, and report the
@@ -71,7 +75,7 @@ def enable(
     for item in addressed:
         for base in type(item.policy).__mro__[:-1]:
             opaque_members(base)
-    notes: list[str] = []
+    notes = list(models.notes)
     plan = _plan(roots, addressed, strict, notes)
     check_conflicts(plan)
     _refuse_ranks(roots, addressed)
@@ -80,6 +84,7 @@ def enable(
     session.pipeline = models.now
     for item in addressed:
         notes.extend(item.policy.check(session))
+    _LIVE.add(session)
     try:
         for item in addressed:
             item.policy.install(session)
@@ -98,18 +103,28 @@ def disable(target: Any) -> None:
 
 
 def active(target: Any) -> Session | None:
-    """The session that acts on ``target`` or on a module that it shares with another one."""
-    for model in _models(target).models.values():
-        for module in model.modules():
-            seam = seam_of(module)
-            if seam is not None:
-                return seam.session
+    """The session that acts on ``target``, on a part of it or on what it is a part of."""
+    acting = (_acting(model) for model in _models(target).models.values())
+    return next((found[1] for found in acting if found is not None), None)
+
+
+def _acting(model: nn.Module) -> tuple[str, Session] | None:
+    """The session that acts on a model, on a part of it or on what it is a part of, and where."""
+    for path, module in model.named_modules():
+        seam = seam_of(module)
+        if seam is not None:
+            return path, seam.session
+    for session in list(_LIVE):
+        if session.active and any(m is model for r in session.roots for m in r.model.modules()):
+            return "", session
     return None
 
 
 def _addressed(policy: Any, only: str | None) -> Iterable[Addressed]:
     if isinstance(policy, str):
         items: Iterable[Addressed] = parse(policy)
+    elif isinstance(policy, os.PathLike):
+        items = load_recipe(policy)
     elif isinstance(policy, Policy):
         items = [Addressed(policy, None)]
     elif isinstance(policy, Addressed):
@@ -137,11 +152,11 @@ def _models(target: Any) -> Pipeline:
     pipeline = pipeline_of(target)
     if pipeline is None:
         raise UnsupportedModelError(
-            f"{type(target).__name__} is neither an nn.Module nor a DiffusionPipeline; give the "
-            "model itself"
+            f"{type(target).__name__} is neither an nn.Module nor a DiffusionPipeline with a model "
+            "that is given a timestep; give the model itself"
         )
     models = {name: _uncompiled(model) for name, model in pipeline.models.items()}
-    return Pipeline(models, pipeline.scheduler, pipeline.now)
+    return Pipeline(models, pipeline.scheduler, pipeline.now, pipeline.notes)
 
 
 def _uncompiled(model: nn.Module) -> nn.Module:
@@ -150,14 +165,14 @@ def _uncompiled(model: nn.Module) -> nn.Module:
 
 
 def _refuse_enabled(name: str, model: nn.Module) -> None:
-    for path, module in model.named_modules():
-        seam = seam_of(module)
-        if seam is not None:
-            where = ".".join(p for p in (name, path) if p) or type(model).__name__
-            raise AlreadyEnabledError(
-                f"{where} already carries {', '.join(p.name for p in seam.session.policies)}; "
-                "call disable() first, or enable both policies in one call as a list"
-            )
+    found = _acting(model)
+    if found is not None:
+        path, session = found
+        where = ".".join(p for p in (name, path) if p) or type(model).__name__
+        raise AlreadyEnabledError(
+            f"{where} already carries {', '.join(p.name for p in session.policies)}; call "
+            "disable() first, or enable both policies in one call as a list"
+        )
 
 
 def _refuse_ranks(roots: list[Root], addressed: list[Addressed]) -> None:

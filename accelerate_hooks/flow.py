@@ -113,8 +113,15 @@ class Flow:
 
 
 class Unsure(Exception):
-    """A policy asked for x in the output of a block that nobody has watched, and several tensors
-    there look like it: the forward starts again, watched and without policies."""
+    """A policy asked for x in the output of a block that nobody has watched, and not exactly one
+    tensor there looks like it: the forward starts again, watched and without policies."""
+
+    def __init__(self, call: Call) -> None:
+        super().__init__(
+            f"{type(call._frame.root).__name__}: which output of {call.site.name} is its "
+            f"{call.site.port.x} cannot be told by their shapes; run one forward without a KV "
+            "cache first, or give the family a patch"
+        )
 
 
 def places(call: Call, out: Any) -> tuple[tree.Path, tree.Path | None]:
@@ -127,8 +134,8 @@ def places(call: Call, out: Any) -> tuple[tree.Path, tree.Path | None]:
     # not the batch: a part of the rows looks alike
     forms = {path: _row_form(leaf) for path, leaf in tree.leaves(out)}
     found = [path for path, form in forms.items() if form == _row_form(call.x)]
-    if len(found) > 1 and call.site.kind == "block":
-        raise Unsure
+    if len(found) != 1 and len(forms) > 1 and call.site.kind == "block":
+        raise Unsure(call)
     x = found[0] if found else tree.first(out)
     context = call.context
     if not isinstance(context, torch.Tensor):

@@ -155,7 +155,7 @@ def _places(call: Call, known: _Known) -> tuple[tree.Path, tree.Path | None]:
     if port.confirmed and port.out is not None:
         return port.out, port.context_out
     if not known.sure:
-        raise flow.Unsure
+        raise flow.Unsure(call)
     return known.x, known.context
 
 

@@ -36,7 +36,7 @@ class Root:
 
     def __init__(self, name: str, model: nn.Module, patch: Patch, sites: list[Site]) -> None:
         self.name = name
-        self.model = model
+        self.class_name = type(model).__name__
         self.patch = patch
         self.sites = sites
         self.recogniser = Recogniser()
@@ -45,6 +45,16 @@ class Root:
         self.counted: set[Any] = set()
         self.tries = 0
         self.seams: list[Seam] = []
+
+    @property
+    def model(self) -> nn.Module:
+        return self.site.module
+
+    def let_go(self) -> None:
+        """Do not keep the model alive any more."""
+        self.seams = []
+        for site in self.sites:
+            site.let_go()
 
     @property
     def site(self) -> Site:
@@ -82,6 +92,7 @@ class Frame:
         "pending",
         "plainly",
         "reads",
+        "repeatable",
         "root",
         "saved_flops",
         "session",
@@ -106,6 +117,7 @@ class Frame:
         self.flops: FlopMode | None = None
         self.watch = root.flow.watch()
         self.plainly = False
+        self.repeatable = False
         self.pending: list[Any] = []
         self.visits: dict[Seam, int] = {}
         self.reads = 0

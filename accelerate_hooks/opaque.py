@@ -15,6 +15,10 @@ from typing import Any, TypeVar
 import torch
 
 F = TypeVar("F")
+_WHY = (
+    "a policy of accelerate_hooks acts inside what is compiled: compile with fullgraph=False, or "
+    "let policies act on whole models or whole compiled blocks"
+)
 
 
 def _strategy() -> tuple[Any, Any] | None:
@@ -50,7 +54,7 @@ def opaque(fn: F) -> F:
     if _STRATEGY is not None:
         _mark(code)
         fn._torchdynamo_disable = True  # type: ignore[attr-defined]
-        fn._torchdynamo_disable_msg = "accelerate_hooks seam"  # type: ignore[attr-defined]
+        fn._torchdynamo_disable_msg = _WHY  # type: ignore[attr-defined]
     else:
         import torch._dynamo
 

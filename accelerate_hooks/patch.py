@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -62,15 +62,17 @@ class Patch:
 
 class Pipeline:
     """What a multi-model target offers: its denoisers and its scheduler. ``now`` gives the target
-    itself (None where it is gone), since both may be replaced."""
+    itself (None where it is gone), since both may be replaced; ``notes`` say what is left out."""
 
     def __init__(
         self,
         models: dict[str, nn.Module],
         scheduler: Any,
         now: Callable[[], Any] = lambda: None,
+        notes: Sequence[str] = (),
     ) -> None:
         self.models = models
+        self.notes = notes
         self.scheduler = scheduler
         self.now = now
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,12 +56,14 @@ class Report:
         """Everything, JSON-able; the keys stay as they are within one ``schema``."""
         return copy.deepcopy(self._data)
 
-    def save(self, path: str | Path) -> Path:
+    def save(self, path: str | os.PathLike[str]) -> Path:
         """Write ``.json`` (`to_dict`), ``.html`` (self-contained) or ``.png`` (the heat map of
         steps and sites; needs matplotlib).
 
         Raises ReportError for another suffix, a folder that is not there, or without matplotlib.
         """
+        if not isinstance(path, (str, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ReportError(f"a report is saved to a path, not to a {type(path).__name__}")
         path = Path(path)
         make = _FORMATS.get(path.suffix.lower())
         if make is None:

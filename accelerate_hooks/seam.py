@@ -52,7 +52,8 @@ class Override:
         return self.handler(self, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or "original" not in self.__dict__:
+        # `torch.export` says by a forward's code what it exports
+        if (name.startswith("__") and name != "__code__") or "original" not in self.__dict__:
             raise AttributeError(name)
         return getattr(self.__dict__["original"], name)
 
@@ -89,25 +90,32 @@ class Seam(Override):
         return self.session._visit(self, args, kwargs)
 
 
-class _Replicate(Override):
-    """Replicas share our seams through a shallow copy of ``__dict__``: take them out again."""
-
-    def __init__(self, module: Any) -> None:
-        super().__init__(module, "_replicate_for_data_parallel", _replicate)
-
-
 @opaque
 def _replicate(override: Override, args: Any, kwargs: Any) -> Any:
     replica = override.original(*args, **kwargs)
-    for name, value in list(vars(replica).items()):
-        if isinstance(value, Override):
-            if value.had:
-                vars(replica)[name] = value.original
-            else:
-                del vars(replica)[name]
-        elif "_accelerate_hooks" in getattr(value, "__dict__", ()):  # a patch's: copies are plain
-            vars(replica)[name] = copy.copy(value)
+    _take_out(vars(replica), replica)
     return replica
+
+
+@opaque
+def _getstate(override: Override, args: Any, kwargs: Any) -> Any:
+    state = override.original(*args, **kwargs)
+    if isinstance(state, dict):
+        state = state.copy()  # may be the module's own
+        _take_out(state, override.owner)
+    return state
+
+
+def _take_out(state: dict[str, Any], owner: Any) -> None:
+    """Shallow copies of a ``__dict__`` share our seams: take them out again."""
+    for name, value in list(state.items()):
+        if isinstance(value, Override):
+            if value.name == name and not value.had:
+                del state[name]
+            else:  # kept under another name, as accelerate's `_old_forward`
+                state[name] = value.plain(owner)
+        elif "_accelerate_hooks" in getattr(value, "__dict__", ()):  # a patch's: copies are plain
+            state[name] = copy.copy(value)
 
 
 def _after(told: Told) -> Any:
@@ -132,7 +140,8 @@ class Ledger:
 
     def seam(self, seam: Seam) -> None:
         self.override(seam)
-        self.override(_Replicate(seam.owner))
+        self.override(Override(seam.owner, "_replicate_for_data_parallel", _replicate))
+        self.override(Override(seam.owner, "__getstate__", _getstate))  # which copies ask for
 
     def overhear(self, owner: Any, told: dict[str, Told]) -> None:
         """Call ``told[name]`` after ``owner.<name>``, also where that is the object's own, or its

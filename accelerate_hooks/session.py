@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -124,6 +125,10 @@ class Session:
                 stacklevel=2,
             )
         tell_replaced(self)
+        for root in self._roots.values():
+            root.let_go()
+        self.scheduler = None
+        self._reach.clear()
         return left
 
     def reset(self) -> None:
@@ -159,7 +164,7 @@ class Session:
             )
         return Report.of(self, run)
 
-    def save_recipe(self, path: str) -> None:
+    def save_recipe(self, path: str | os.PathLike[str]) -> None:
         """Write the policies, and where they act, to a recipe that `enable` takes by its path."""
         from accelerate_hooks.recipe import save_recipe
 
@@ -256,6 +261,11 @@ class Session:
         outer, frame.parent = frame.parent, call
         try:
             return policies[0][1].around(call)
+        except flow.Unsure:
+            if not frame.repeatable or site.kind == "model":
+                raise
+            frame.plainly = True  # to its end: what others keep of a forward needs the whole of it
+            return frame.plain(seam, args, kwargs)
         finally:
             frame.parent = outer
 
@@ -309,30 +319,40 @@ class Session:
         return out
 
     def _begin(self, root: Root, frame: Frame, seam: Seam, args: Any, kwargs: Any) -> Any:
-        """The forward of a root; where a policy asks more of a block than its names tell, one that
-        is only watched goes before it."""
+        """The forward of a root."""
+        try:
+            if frame.watch is None or not root.asks_blocks:
+                return self._dispatch(frame, seam, root.site, args, kwargs)
+            return self._watched(root, frame, seam, args, kwargs)
+        except flow.Unsure as unsure:
+            raise UnsupportedModelError(str(unsure)) from None
+
+    def _watched(self, root: Root, frame: Frame, seam: Seam, args: Any, kwargs: Any) -> Any:
+        """The same; where a policy asks more of a block than its names tell, one that is only
+        watched goes before it."""
         site = root.site
-        if frame.watch is None or not root.asks_blocks:
-            return self._dispatch(frame, seam, site, args, kwargs)
         state, before = torch.get_rng_state(), self._counters(frame)
         cached = cache_of(frame.arguments)[1] is not None
         # what another model of the run has kept is not to be begun again
+        whole = False
         if cached or root.flow.watched or not frame.step.run.slots:
+            frame.repeatable = not cached
             try:
-                return self._dispatch(frame, seam, site, args, kwargs)
+                out = self._dispatch(frame, seam, site, args, kwargs)
             except flow.Unsure:
                 if cached:
-                    raise UnsupportedModelError(
-                        f"{type(root.model).__name__}: several outputs of a block are shaped like "
-                        "its input; run one forward without a KV cache first, or give the family a "
-                        "patch"
-                    ) from None
+                    raise
+            else:
+                if not frame.plainly:
+                    return out
+                whole = not (frame.left_out or frame.cuts)  # and so watched already
             frame.step.run.clear()
-        self._rewind(frame, state, before)
-        frame.watch, frame.plainly = root.flow.watch(), True
-        seam.original(*args, **kwargs)
+        if not whole:
+            self._rewind(frame, state, before)
+            frame.watch, frame.plainly = root.flow.watch(), True
+            seam.original(*args, **kwargs)
         root.flow.settle(self, root, frame.watch or flow.Watch())
-        frame.watch, frame.plainly = None, False
+        frame.watch, frame.plainly, frame.repeatable = None, False, False
         self._rewind(frame, state, before)
         return self._dispatch(frame, seam, site, args, kwargs)
 
@@ -416,9 +436,11 @@ class Session:
         if self.is_paused():
             return "paused"
         why = None
-        if self._trains:
+        if torch.compiler.is_exporting():
+            why = "the model is being exported (what comes out is the plain model)"
+        elif self._trains:
             return None
-        if torch.is_grad_enabled():
+        elif torch.is_grad_enabled():
             why = "gradients are on (use torch.no_grad() or torch.inference_mode())"
         elif model.training:
             why = "the model is in training mode (call model.eval())"

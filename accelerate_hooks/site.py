@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import weakref
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -113,6 +114,17 @@ class Site:
         """Set fields that watching a forward has shown (the runtime's, see `flow`)."""
         for name, value in known.items():
             object.__setattr__(self, name, value)
+
+    def let_go(self) -> None:
+        """Do not keep the module alive any more."""
+        if "module" in vars(self):
+            self.learn(_module=weakref.ref(self.module))
+            object.__delattr__(self, "module")
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "module" and "_module" in vars(self):
+            return vars(self)["_module"]()
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __repr__(self) -> str:
         return f"<{self.kind} site {self.name!r} {self.index + 1}/{self.count}>"

@@ -131,10 +131,11 @@ def proceed(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], index: to
         record.remember(key, known)
         frame.note(call.site, "first reordered visit: checked against the plain one", {})
     chosen = given(known, index)
-    out = call._next(*chosen)
-    part, context = call.outputs(out)
+    fewer = call._of(*chosen)  # its output has the form of what it was given
+    out = fewer._next(*chosen)
+    part, context = fewer.outputs(out)
     base = x if port.residual else x.new_zeros(*x.shape[:-1], part.shape[-1])
-    out = call.replaced(out, spread(base, part, index), context)
+    out = fewer.replaced(out, spread(base, part, index), context)
     return _handed_on(out, chosen, (args, kwargs))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 import weakref
@@ -89,16 +90,35 @@ def _at(trained: list[float], scheduler: Any) -> list[float]:
 
 
 def pipeline_of(target: Any) -> Pipeline | None:
-    """The denoisers and the scheduler of a ``DiffusionPipeline``; None for anything else."""
-    if not hasattr(target, "components") or not hasattr(target, "scheduler"):
-        return None
-    models = {
-        name: part
-        for name in DENOISERS
-        if isinstance(part := getattr(target, name, None), nn.Module)
-    }
+    """The denoisers and the scheduler of a ``DiffusionPipeline``: what has a usual name, and what
+    else is given a timestep, but for ControlNets, whose residuals are no output of a step. None
+    for anything else."""
+    parts = {n: p for n, p in _components(target).items() if isinstance(p, nn.Module)}
+    named = [name for name in DENOISERS if name in parts]
+    timed = [name for name in parts if name not in DENOISERS and _takes_time(parts[name])]
+    models = {n: parts[n] for n in named + timed if not n.startswith("controlnet")}
     if not models:
         return None
-    scheduler = target.scheduler
+    notes = [
+        f"{name} ({type(parts[name]).__name__}): computes plainly at each step, since residuals are "
+        "no output of a step"
+        for name in timed
+        if name not in models
+    ]
+    scheduler = getattr(target, "scheduler", None)
     usable = hasattr(scheduler, "set_timesteps") and hasattr(scheduler, "step")
-    return Pipeline(models, scheduler if usable else None, weakref.ref(target))
+    return Pipeline(models, scheduler if usable else None, weakref.ref(target), notes)
+
+
+def _components(target: Any) -> dict[str, Any]:
+    found = getattr(target, "components", None)
+    if not isinstance(found, dict):
+        return {}
+    more = {name: getattr(target, name, None) for name in DENOISERS}
+    return found | {name: part for name, part in more.items() if part is not None}
+
+
+def _takes_time(model: nn.Module) -> bool:
+    plain = getattr(model, "_orig_mod", model)
+    names = inspect.signature(type(plain).forward).parameters
+    return any(name in names for name in DiffusersPatch.timesteps)

@@ -245,7 +245,8 @@ def _registries() -> dict[str, Any]:
 
 
 def copies_are_plain(make_model: Model, make_inputs: Inputs, policy: Any) -> None:
-    """Deep copies, unpickled models and replicas compute plainly with their own weights."""
+    """Deep copies, unpickled models and replicas compute plainly with their own weights; shallow
+    copies plainly with those they share."""
     law = "copies are plain"
     model = make_model()
     try:
@@ -268,15 +269,18 @@ def copies_are_plain(make_model: Model, make_inputs: Inputs, policy: Any) -> Non
             copies = {"a deep copy": copy.deepcopy(model)}
             if _replicates(halved, make_inputs(2)):
                 copies["a replica"] = replica(model)
+            shared = {path: copy.copy(module) for path, module in model.named_modules()}
             if could is not None:
                 data = pickle.dumps(model)
                 check(law, b"accelerate_hooks" not in data, "a pickle refers to us")
                 copies["an unpickled model"] = pickle.loads(data)
             outputs(model, make_inputs(2), 2)
-        for name, other in copies.items():
-            for path, module in other.named_modules():
+        copied = {name: dict(other.named_modules()) for name, other in copies.items()}
+        for name, modules in {"a shallow copy": shared, **copied}.items():
+            for path, module in modules.items():
                 ours = [k for k, v in vars(module).items() if _is_ours(v)]
                 check(law, not ours, f"{name} carries {ours} of ours at {path or 'its root'}")
+        for name, other in copies.items():
             _halve(other)
             seen = session.forwards
             got = outputs(other, make_inputs(2), 2)
@@ -759,6 +763,24 @@ def runs_in_bf16(make_model: Model, make_inputs: Inputs, policy: Any) -> None:
     check(law, kinds, "outputs have other dtypes")
 
 
+def lets_go(make_model: Model, make_inputs: Inputs, policy: Any) -> None:
+    """A session that is over keeps its report, not its model."""
+    law = "lets go"
+    model = make_model()
+    gone = [weakref.ref(module) for module in model.modules()]
+    with torch.no_grad(), enable(model, policy.example()) as session:
+        for _ in generation(model, make_inputs(2), 3):
+            pass
+    report = str(session.report())
+    here = all(site.module is model.get_submodule(site.path) for site in session.sites)
+    check(law, here, "sites do not say which modules they were")
+    del model, _
+    gc.collect()
+    left = {type(module()).__name__ for module in gone} - {"NoneType"}
+    check(law, not left, f"{sorted(left)} are kept alive by a session that is over")
+    check(law, str(session.report()) == report, "the report changed with the end of the model")
+
+
 LAWS = (
     exact_at_zero,
     no_trace_left,
@@ -769,6 +791,7 @@ LAWS = (
     bounded_memory,
     host_reads_are_declared,
     runs_in_bf16,
+    lets_go,
 )
 
 

@@ -352,6 +352,28 @@ def compiled(first: bool, scope: str) -> None:
     torch._dynamo.reset()
 
 
+def compiled_by_blocks(fullgraph: bool, scope: str) -> str | None:
+    """`transformer.compile_repeated_blocks()`, before and after `enable`."""
+    for first in (True, False):
+        torch._dynamo.reset()
+        pipe, told = flux(), None
+        if first:
+            pipe.transformer.compile_repeated_blocks(fullgraph=fullgraph, backend="eager")
+        with ah.enable(pipe, exact(scope)):
+            if not first:
+                pipe.transformer.compile_repeated_blocks(fullgraph=fullgraph, backend="eager")
+            try:
+                assert_close(generate(pipe), plain(), "compiled by blocks")
+            except torch._dynamo.exc.Unsupported as error:
+                told = str(error)
+                assert "policy of accelerate_hooks" in told and "fullgraph=False" in told
+        assert_close(generate(pipe), plain(), "afterwards")
+    torch._dynamo.reset()
+    if told is None:
+        return None
+    return "refused by torch.compile, which names us: a policy inside a graph needs a break"
+
+
 # -- ControlNet ------------------------------------------------------------------------------------
 
 
@@ -610,6 +632,8 @@ CELLS: dict[str, Callable[[str], str | None]] = {
     "LoRA loaded and unloaded while enabled": lora,
     "compiled, then enabled": functools.partial(compiled, True),
     "enabled, then compiled": functools.partial(compiled, False),
+    "compiled by blocks": functools.partial(compiled_by_blocks, False),
+    "compiled by blocks, fullgraph=True": functools.partial(compiled_by_blocks, True),
     "ControlNet residuals": controlnet,
     "true CFG (two branches)": true_cfg,
     "from_pipe, enabled twice": from_pipe_refused,

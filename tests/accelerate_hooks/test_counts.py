@@ -3,9 +3,10 @@
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import contract
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline, FirstBlockCacheConfig, FlowMatchEulerDiscreteScheduler
 from tiny_models import TINY
 
 from accelerate_hooks import (
@@ -260,7 +261,7 @@ def test_a_step_is_computed_once_and_a_skipped_one_not_at_all(scope):
             per_step.append(len(calls))
     depth = len(model.transformer_blocks)
     least = {"model": 0, "stack": 1, "site": 0}[scope]
-    again = 1 + depth if scope == "stack" else 0  # a try up to the first block, a watched forward
+    again = depth if scope == "stack" else 0  # a watched forward
     assert per_step[0] == depth + again
     assert per_step[1:] == [depth if i == 1 or i % 2 else least for i in range(1, 12)]
 
@@ -336,3 +337,20 @@ def test_a_second_model_of_a_run_takes_nothing_from_the_first(seed):
         outputs = [pipe(inputs, other) for _ in range(2)]
         assert any(session.skips.values())
     assert torch.equal(*outputs)
+
+
+def test_a_forward_that_is_begun_again_was_a_whole_one():
+    """What others keep of a forward, here the first block's residual, needs one to its end."""
+    model, given = TINY["flux"].build(), TINY["flux"].inputs(2)
+    model.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    with model.cache_context("cond"):
+        plain = contract.outputs(model, given)
+    model.disable_cache()
+    model.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    ends: list[int] = []
+    for block in (model.transformer_blocks[0], model.single_transformer_blocks[-1]):
+        block.register_forward_pre_hook(lambda *_: ends.append(0))
+    with enable(model, LazyStep(scope="stack", max_age=0)), model.cache_context("cond"):
+        for got, want in zip(contract.outputs(model, given), plain, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert len(ends) == 2 * (contract.STEPS + 1), "the first forward is seen once more"

@@ -1,6 +1,9 @@
 """What users get wrong: an error of our tree or the documented behaviour, and a model left as it
 was."""
 
+import copy
+from pathlib import Path
+
 import contract
 import pytest
 import torch
@@ -25,6 +28,7 @@ from accelerate_hooks.errors import (
 from accelerate_hooks.kernels import _dispatch
 
 FLUX = TINY["flux"]
+DIT = TINY["dit"]
 
 
 class Pipe(DiffusionPipeline):
@@ -73,6 +77,8 @@ def state(model):
         (None, SpecError, "NoneType"),
         (3, SpecError, "int"),
         ([], SpecError, ""),
+        (Path("no such file.json"), ArtifactError, "no such file.json"),
+        (Path("lazy_step"), ArtifactError, "lazy_step"),
         ("no such file.json", ArtifactError, "no such file.json"),
     ],
 )
@@ -149,14 +155,15 @@ def test_outputs_that_are_no_tensor_are_left_alone():
 
 
 def test_a_recipe_of_a_session_acts_where_it_acted(model, tmp_path):
-    path = str(tmp_path / "recipe.json")
+    path = tmp_path / "recipe.json"
     wanted = "lazy_step@single*:scope=site,criterion=cadence"
     with enable(model, wanted) as session:
         session.save_recipe(path)
         sites = [site.path for site in session.sites]
     assert sites and all(site.startswith("single") for site in sites)
-    with enable(model, path) as session:
-        assert [site.path for site in session.sites] == sites
+    for given in (path, str(path), [path]):
+        with enable(model, given) as session:
+            assert [site.path for site in session.sites] == sites
 
 
 def test_not_strict_is_noted(model):
@@ -190,6 +197,21 @@ def test_a_second_enable(model, second):
         pass
 
 
+@pytest.mark.parametrize("scope", ["model", "site"])
+def test_a_part_of_an_enabled_model(model, scope):
+    block = model.transformer_blocks[0]
+    with enable(model, LazyStep(scope=scope)) as session:
+        before = state(model)
+        with pytest.raises(AlreadyEnabledError, match=r"lazy_step.*disable"):
+            enable(block, LazyStep())
+        assert state(model) == before
+        assert ah.active(block) is session
+        assert ah.active(copy.deepcopy(block)) is None
+    assert ah.active(block) is None
+    with enable(block, contract.BlockSkip(), strict=False):
+        pass
+
+
 def test_a_pipe_that_shares_the_transformer(pipe):
     other = Pipe.from_pipe(pipe)
     assert other.transformer is pipe.transformer
@@ -201,6 +223,57 @@ def test_a_pipe_that_shares_the_transformer(pipe):
         assert not session.active
     with enable(other, LazyStep()):
         assert ah.active(pipe) is not None
+
+
+class Stages(DiffusionPipeline):
+    """Denoisers and schedulers under names of their own, as combined pipelines have them."""
+
+    def __init__(self, prior_prior, prior_scheduler, transformer, unconditional_transformer,
+                 decoder_scheduler, controlnet, vae):  # fmt: skip
+        super().__init__()
+        given = {name: value for name, value in locals().items() if name != "self"}
+        self.register_modules(**{n: v for n, v in given.items() if not n.startswith("_")})
+
+    def __call__(self, steps):
+        x = DIT.inputs(2)["hidden_states"]
+        labels = torch.tensor([1, 2])
+        stages = (
+            (self.prior_scheduler, [self.prior_prior]),
+            (self.decoder_scheduler, [self.transformer, self.unconditional_transformer]),
+        )
+        for scheduler, models in stages:
+            scheduler.set_timesteps(steps)
+            for t in scheduler.timesteps:
+                with torch.no_grad():
+                    self.controlnet(x, t)
+                    out = sum(m(x, t.expand(2), labels, return_dict=False)[0] for m in models)
+                x = scheduler.step(out[:, :4], t, x, return_dict=False)[0]
+        return x
+
+
+class ControlNet(nn.Linear):
+    def forward(self, x, timestep):
+        return [super().forward(x)]
+
+
+def test_every_model_that_is_given_a_timestep_is_a_denoiser():
+    models = [DIT.build() for _ in range(3)]
+    schedulers = [FlowMatchEulerDiscreteScheduler() for _ in range(2)]
+    pipe = Stages(
+        models[0], schedulers[0], models[1], models[2], schedulers[1], ControlNet(8, 8),
+        nn.Linear(2, 2),
+    )  # fmt: skip
+    plain = pipe(8)
+    with enable(pipe, LazyStep.exact()) as session:
+        assert torch.equal(pipe(8), plain)
+        assert "controlnet (ControlNet): computes plainly" in str(session.report())
+    with enable(pipe, LazyStep(criterion="cadence", warmup=1)) as session:
+        names = [root.name for root in session.roots]
+        assert names == ["transformer", "prior_prior", "unconditional_transformer"]
+        first = pipe(8)
+        assert torch.equal(pipe(8), first) and not torch.equal(first, plain)
+        assert all(session.record(root.site).skipped for root in session.roots)
+        assert ah.active(models[2]) is session
 
 
 def test_the_environment_switches_us_off(model, monkeypatch):
@@ -224,6 +297,17 @@ def test_an_unknown_choice_of_kernels_is_told_beforehand(model, monkeypatch):
     with pytest.raises(SpecError, match="'cuda'; give one of auto, torch, triton"):
         enable(model, LazyStep.example())
     assert state(model) == before
+
+
+@pytest.mark.parametrize("value", ["off", "false", "00", "lazy_step:preset=fast"])
+def test_the_environment_is_understood_or_told(model, monkeypatch, value):
+    monkeypatch.setenv("ACCELERATE_HOOKS", value)
+    with pytest.raises(SpecError, match=f"ACCELERATE_HOOKS='{value}'; give 0"):
+        enable(model, LazyStep())
+    for on in ("", "1", " 1 "):
+        monkeypatch.setenv("ACCELERATE_HOOKS", on)
+        with enable(model, LazyStep()) as session:
+            assert session.active
 
 
 def test_a_generation_that_raises(pipe):
@@ -266,3 +350,21 @@ def test_nan_is_never_a_reason_to_skip(model, criterion):
     with enable(model, LazyStep(criterion=criterion, warmup=1)) as session:
         contract.outputs(model, broken)
     assert not session.skips
+
+
+@pytest.mark.parametrize("scope", ["model", "stack"])
+@pytest.mark.parametrize("paused", [False, True])
+def test_what_is_exported_is_the_plain_model(scope, paused):
+    model, given = TINY["dit"].build(), TINY["dit"].inputs(2)
+    with torch.no_grad():
+        (plain,) = model(**given)
+        with enable(model, LazyStep(criterion="cadence", scope=scope, warmup=1)) as session:
+            if paused:
+                with session.paused():
+                    program = torch.export.export(model, (), given)
+            else:
+                with pytest.warns(ah.InertWarning, match="exported"):
+                    program = torch.export.export(model, (), given)
+            assert not contract.cached(session)
+            assert torch.equal(model(**given)[0], plain)
+        assert torch.equal(program.module()(**given)[0], plain)

@@ -354,6 +354,12 @@ def test_an_unknown_suffix(dit: Any, tmp_path: Path, name: str) -> None:
         session.report().save(tmp_path / name)
 
 
+@pytest.mark.parametrize("wrong", [None, 3, ["r.json"]])
+def test_a_report_is_saved_to_a_path(dit: Any, wrong: Any) -> None:
+    with enable(dit, Every()) as session, pytest.raises(AccelerateHooksError, match="path"):
+        session.report().save(wrong)
+
+
 def test_numbers_that_are_not_finite_are_saved(dit: Any, tmp_path: Path) -> None:
     with enable(dit, Every(), audit=1) as session:
         given = TINY["dit"].inputs(2)

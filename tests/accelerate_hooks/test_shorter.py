@@ -361,6 +361,22 @@ def test_tokens_left_out_keep_what_adds_nothing():
     assert seen == [True, True]
 
 
+@pytest.mark.parametrize("keep", [5, 7], ids=["fewer than the text has", "as many"])
+@pytest.mark.parametrize("name", ["flux", "sd3", "qwenimage", "auraflow", "cogvideox"])
+def test_the_first_forward_takes_the_stream_that_later_ones_take(name, keep):
+    """Nobody has watched a block yet, and several tensors come out of it."""
+    model, inputs = TINY[name].build(), TINY[name].inputs(2)
+
+    @dataclass(frozen=True, kw_only=True)
+    class First(Shuffle):
+        def around(self, call):
+            return call.proceed(tokens=torch.arange(keep))
+
+    with torch.no_grad(), enable(model, First()):
+        first, second = (model(**inputs)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
 @pytest.mark.parametrize("name", ["llama", "sana", "swin"])
 def test_blocks_that_mind_are_refused(name):
     model, inputs = TINY[name].build(), TINY[name].inputs(2)
