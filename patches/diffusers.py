@@ -81,8 +81,8 @@ def pipeline_of(target: Any) -> Pipeline | None:
     if not models:
         return None
     notes = [
-        f"{name} ({type(parts[name]).__name__}): computes plainly at each step, since residuals are "
-        "no output of a step"
+        f"{name} ({type(parts[name]).__name__}): computes plainly at each step, since its outputs "
+        "are residuals"
         for name in timed
         if name not in models
     ]
