@@ -114,8 +114,8 @@ def _take_out(state: dict[str, Any], owner: Any) -> None:
                 del state[name]
             else:  # kept under another name, as accelerate's `_old_forward`
                 state[name] = value.plain(owner)
-        elif "_accelerate_hooks" in getattr(value, "__dict__", ()):  # a patch's: copies are plain
-            state[name] = copy.copy(value)
+        elif "_accelerate_hooks" in getattr(value, "__dict__", ()):  # a patch's, and what was there
+            state[name] = vars(value)["_accelerate_hooks"][0]
 
 
 def _after(told: Told) -> Any:

@@ -275,20 +275,23 @@ def copies_are_plain(make_model: Model, make_inputs: Inputs, policy: Any) -> Non
                 check(law, b"accelerate_hooks" not in data, "a pickle refers to us")
                 copies["an unpickled model"] = pickle.loads(data)
             outputs(model, make_inputs(2), 2)
-        copied = {name: dict(other.named_modules()) for name, other in copies.items()}
-        for name, modules in {"a shallow copy": shared, **copied}.items():
-            for path, module in modules.items():
-                ours = [k for k, v in vars(module).items() if _is_ours(v)]
-                check(law, not ours, f"{name} carries {ours} of ours at {path or 'its root'}")
         for name, other in copies.items():
+            _nothing_of_ours(law, name, dict(other.named_modules()))
             _halve(other)
             seen = session.forwards
             got = outputs(other, make_inputs(2), 2)
             check(law, equal(got, expected), f"{name} does not compute with its own weights")
             check(law, session.forwards == seen, f"{name} reaches the session")
+        _nothing_of_ours(law, "a shallow copy", shared)
         same_files = _files(Path(folder, "before")) == _files(Path(folder, "after"))
         check(law, same_files, "save_pretrained writes other bytes while enabled")
     check(law, _bound(model), "a method of the model is bound to something else")
+
+
+def _nothing_of_ours(law: str, name: str, modules: dict[str, nn.Module]) -> None:
+    for path, module in modules.items():
+        ours = [k for k, v in vars(module).items() if _is_ours(v)]
+        check(law, not ours, f"{name} carries {ours} of ours at {path or 'its root'}")
 
 
 def _is_ours(value: Any) -> bool:

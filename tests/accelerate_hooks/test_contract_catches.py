@@ -5,6 +5,7 @@ import pytest
 import torch
 from tiny_models import TINY
 
+from accelerate_hooks import seam
 from accelerate_hooks.seam import Override, Seam
 
 
@@ -64,13 +65,14 @@ def test_two_threads_that_share_a_slot():
 
 
 def test_a_deep_copy_that_runs_the_originals_weights(monkeypatch):
+    monkeypatch.setattr(seam, "_take_out", lambda state, owner: None)
     monkeypatch.setattr(Override, "__deepcopy__", lambda self, memo: self.original)
     with pytest.raises(AssertionError, match=r"copies are plain.*own weights"):
         contract.copies_are_plain(make_model, INPUTS, contract.BlockReuse)
 
 
 def test_a_copy_that_carries_a_seam(monkeypatch):
-    monkeypatch.setattr(Override, "__deepcopy__", lambda self, memo: self)
+    monkeypatch.setattr(seam, "_take_out", lambda state, owner: None)
     with pytest.raises(AssertionError, match=r"copies are plain.*of ours"):
         contract.copies_are_plain(make_model, INPUTS, contract.BlockReuse)
 
