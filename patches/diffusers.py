@@ -30,10 +30,14 @@ class DiffusersPatch(StructuralPatch):
     def noise(self, scheduler: Any) -> list[tuple[float, float]]:
         """Flow matching: ``alpha = 1 - sigma``. Otherwise the model sees a sample of variance one:
         ``alpha = sqrt(alphas_cumprod[t])``, or ``1 / sqrt(1 + s^2)`` for a scheduler in Karras'
-        ``s = sigma / alpha``."""
+        ``s = sigma / alpha``. One that steps to levels between its sigmas (KDPM2) has them at its
+        timesteps: ``log s`` is linear between those it was trained at."""
         sigmas = getattr(scheduler, "sigmas", None)
         products = getattr(scheduler, "alphas_cumprod", None)
         steps = len(scheduler.timesteps)
+        if getattr(scheduler, "sigmas_interpol", None) is not None and products is not None:
+            ratios = _at([math.log((1.0 - p) / p) / 2 for p in _floats(products)], scheduler)
+            return [(1 / math.hypot(1, s), s / math.hypot(1, s)) for s in map(math.exp, ratios)]
         if self.prediction(scheduler) == "velocity" and sigmas is not None:
             return [(1.0 - s, s) for s in _floats(sigmas)[:steps]]
         if sigmas is not None and len(sigmas) >= steps:
@@ -46,8 +50,8 @@ class DiffusersPatch(StructuralPatch):
     def strides(self, scheduler: Any) -> list[float]:
         """Euler on a flow: ``x += (sigma' - sigma) v``. DDIM and Euler on noise predictions:
         ``x / alpha += (sigma' / alpha' - sigma / alpha) epsilon``."""
-        config = scheduler.config
-        if type(scheduler).__name__ not in FIRST_ORDER or config.get("stochastic_sampling"):
+        stochastic = _config(scheduler).get("stochastic_sampling")
+        if type(scheduler).__name__ not in FIRST_ORDER or stochastic:
             return []
         levels = [*self.noise(scheduler), (1.0, 0.0)]
         kind = self.prediction(scheduler)
@@ -59,15 +63,30 @@ class DiffusersPatch(StructuralPatch):
         return []
 
     def prediction(self, scheduler: Any) -> str | None:
-        config = scheduler.config
+        config = _config(scheduler)
         kind = config.get("prediction_type")
         if "FlowMatch" in type(scheduler).__name__ or config.get("use_flow_sigmas"):
             return "velocity"
         return {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}.get(kind)
 
 
+def _config(scheduler: Any) -> Any:
+    return getattr(scheduler, "config", None) or {}
+
+
 def _floats(values: Any) -> list[float]:
     return [float(v) for v in values.tolist()]
+
+
+def _at(trained: list[float], scheduler: Any) -> list[float]:
+    """Values at the scheduler's timesteps, linear between the timesteps of training."""
+    last = len(trained) - 1
+    found = []
+    for t in _floats(scheduler.timesteps):
+        low = min(max(math.floor(t), 0), last)
+        high = min(low + 1, last)
+        found.append(trained[low] + (t - low) * (trained[high] - trained[low]))
+    return found
 
 
 def pipeline_of(target: Any) -> Pipeline | None:
