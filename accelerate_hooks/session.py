@@ -315,7 +315,7 @@ class Session:
         self._leave(root, frame, out)
         if step.phase == "denoise" and step.run.slots and self.policies_at(site):
             # a caller may write to what it gets, a policy may have kept it
-            out = tree.transform(lambda _, t: t.clone(), out)
+            out = tree.transform(_copy, out)
         return out
 
     def _begin(self, root: Root, frame: Frame, seam: Seam, args: Any, kwargs: Any) -> Any:
@@ -497,6 +497,10 @@ class Session:
         """How the attention of a site is reached, where the default does not."""
         if make is not None:
             self._reach[site] = make
+
+
+def _copy(path: tree.Path, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.clone()
 
 
 _NONE: list[tuple[int, Policy]] = []
