@@ -86,6 +86,12 @@ def shrink(
     of what stood for them. ``away``: meanwhile they are on the CPU; ``drop``: they are deleted, and
     the experts raise once the session is over.
     """
+    if _OURS[0] in vars(layer.experts.module):
+        raise UnsupportedModelError(
+            f"expert_skip: several layers share the experts of {layer.experts.name}, and each "
+            "would take out others; without free_memory and merge they are hidden from the routers "
+            "instead"
+        )
     removed = Removed(layer, drop=drop)
     module, before = removed.module, removed.parameters
     if not before or any(

@@ -146,7 +146,7 @@ class ExpertSkip(Policy):
 
     def acts(self, site: Site) -> frozenset[Effect]:
         if site.kind == "router":
-            return frozenset({Effect.RESHAPE})
+            return frozenset({Effect.REPLACE})  # the numbers of the experts: one policy's alone
         adds = self.artifact is not None and self.compensate
         return frozenset({Effect.REPLACE if self.ragged or adds else Effect.RESHAPE})
 

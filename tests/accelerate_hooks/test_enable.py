@@ -23,6 +23,7 @@ from accelerate_hooks.errors import (
     UnsupportedModelError,
 )
 from accelerate_hooks.kernels import _dispatch
+from accelerate_hooks.seam import Ledger
 
 FLUX = TINY["flux"]
 
@@ -266,3 +267,16 @@ def test_nan_is_never_a_reason_to_skip(model, criterion):
     with enable(model, LazyStep(criterion=criterion, warmup=1)) as session:
         contract.outputs(model, broken)
     assert not session.skips
+
+
+def test_what_cannot_be_undone_keeps_nothing_else():
+    ledger, done = Ledger(), []
+
+    def fails():
+        raise KeyError("first")
+
+    for undo in (lambda: done.append(1), fails, lambda: done.append(2)):
+        ledger.note(undo)
+    with pytest.raises(KeyError, match="first"):
+        ledger.undo()
+    assert done == [2, 1] and ledger.undo() == []

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import TINY
 
-from accelerate_hooks import ExpertSkip, SpecError, enable
+from accelerate_hooks import ExpertSkip, SpecError, active, enable
 from accelerate_hooks.artifact import Artifact
-from accelerate_hooks.errors import ArtifactError, UnsupportedModelError
+from accelerate_hooks.errors import ArtifactError, PolicyConflictError, UnsupportedModelError
 from accelerate_hooks.policies._evolving import evolve
 from accelerate_hooks.policies._hull import split
 from accelerate_hooks.policies._pruning import aimer, mixtures, nearest
@@ -137,6 +137,27 @@ def test_what_is_deleted_is_told():
                 use(model)
     with torch.no_grad(), pytest.raises(UnsupportedModelError, match="load the model again"):
         model(**inputs)
+
+
+@pytest.mark.parametrize("free", list(itertools.product([False, True], repeat=2)))
+def test_a_mixture_is_pruned_once(free):
+    model, inputs = tiny()
+    plain = run(model, inputs)
+    with pytest.raises(PolicyConflictError, match="both replace"):
+        enable(model, [ExpertSkip(prune=0.25, free_memory=f) for f in free])
+    assert active(model) is None and torch.equal(run(model, inputs), plain)
+
+
+def test_experts_that_two_layers_share_are_not_taken_out():
+    model, inputs = tiny()
+    layers = model.model.layers
+    layers[1].mlp.experts = layers[0].mlp.experts
+    plain, before = run(model, inputs), dict(model.named_parameters())
+    with pytest.raises(UnsupportedModelError, match="several layers share"):
+        enable(model, ExpertSkip(prune=0.25, free_memory=True))
+    assert torch.equal(run(model, inputs), plain)
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys() and all(after[n] is before[n] for n in before)
 
 
 def test_a_token_is_always_given_as_many_experts_as_it_asks():
