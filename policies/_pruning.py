@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from accelerate_hooks.errors import ArtifactError, SpecError, UnsupportedModelError
 from accelerate_hooks.opaque import opaque_functions
-from accelerate_hooks.policies._routers import Plan
+from accelerate_hooks.policies._routers import Plan, Renumbered
+from accelerate_hooks.seam import Override
 from accelerate_hooks.site import Site
 
 Criterion = Literal["aimer", "frequency", "router_weight", "activation_norm", "reap"]
@@ -171,12 +172,16 @@ def install(policy: Any, session: Any) -> None:
     plans = _matrices(policy, layers) if policy.prune is None else _plans(policy, layers)
     freed = 0
     for layer, (kept, matrix, plan) in zip(layers, plans, strict=True):
-        if matrix is not None or policy.free_memory:
+        if policy.takes_out:
             freed += shrink(
                 layer, kept if matrix is None else None, matrix, ledger=session.ledger,
                 away=policy.free_memory, drop=policy.irreversible,
             )  # fmt: skip
-        session.know(policy, layer.router, "plan", plan)
+            router = Override(layer.router.module, "forward", Renumbered(layer.router, plan))
+            session.ledger.override(router)
+            session.leave_out(layer.router)
+        else:
+            session.know(policy, layer.router, "plan", plan)
     session.notes.append(_said(policy, layers, plans, freed))
 
 
@@ -197,8 +202,7 @@ def _plans(policy: Any, layers: list[Layer]) -> list[Chosen]:
             asked = _measured(policy, "frequency", i)
             weight = torch.ones(layer.count) if asked is None else asked
             matrix = nearest(layer, kept, scores, weight)
-        gone = policy.merge or policy.free_memory
-        plans.append((kept, matrix, Plan(hidden, place if gone else None)))
+        plans.append((kept, matrix, Plan(hidden, place if policy.takes_out else None)))
     return plans
 
 
@@ -248,7 +252,7 @@ def _said(policy: Any, layers: list[Layer], plans: list[Chosen], freed: int) -> 
     text = (
         f"expert_skip: {counts} of {layers[0].count} experts left in {len(layers)} layers, by {by}"
     )
-    if not freed:
+    if not policy.takes_out:
         return text + "; they are hidden from the router, and free no memory"
     where = (
         "deleted" if policy.irreversible else "kept on the CPU" if policy.free_memory else "kept"
@@ -256,7 +260,10 @@ def _said(policy: Any, layers: list[Layer], plans: list[Chosen], freed: int) -> 
     on_cpu = all(p.device.type == "cpu" for layer in layers for p in _flat(layer.experts.module))
     if on_cpu and not policy.irreversible:
         where = "kept, so that no memory is free before irreversible=True deletes them"
-    return f"{text}; {freed / 1e6:.1f} MB of parameters less, the originals are {where}"
+    return (
+        f"{text}, with gradients on and while paused, too; {freed / 1e6:.1f} MB of parameters "
+        f"less, the originals are {where}"
+    )
 
 
 opaque_functions(globals())

@@ -66,6 +66,9 @@ class ExpertSkip(Policy):
         ``softmax(logits) @ route.T``.
     free_memory: the pruned experts are really taken out, and lie on the CPU until the session ends;
         with ``irreversible`` they are deleted, and the model is good for nothing afterwards.
+
+    What ``merge`` and ``free_memory`` make of a model it is in every forward of the session, with
+    gradients on and while paused, too.
     """
 
     name: ClassVar[str] = "expert_skip"
@@ -129,6 +132,16 @@ class ExpertSkip(Policy):
     def prunes(self) -> bool:
         """Whether experts are taken from the model as a whole."""
         return self.prune is not None or bool(self._matrices)
+
+    @property
+    def takes_out(self) -> bool:
+        """Whether experts are really gone, and not only hidden from their router."""
+        return self.merge or self.free_memory or self._matrices
+
+    @property
+    def trains(self) -> bool:  # type: ignore[override]
+        """What is gone is so in every forward."""
+        return self.takes_out and self.top_k is None and not self.ragged
 
     @property
     def _matrices(self) -> bool:

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from accelerate_hooks.policies._hull import split
 from accelerate_hooks.policies._pruning import aimer, mixtures, nearest
 from accelerate_hooks.policies._surgery import mixed
 from accelerate_hooks.resume import Resume
+from accelerate_hooks.session import InertWarning
 
 FAMILIES = (
     "mixtral", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v3", "granitemoe", "qwen2_moe", "phimoe",
@@ -57,7 +59,7 @@ def test_hiding_is_a_model_without_these_experts(name):
     """In float64, against a smaller model of the class that was given the rows that are left."""
     model, inputs = tiny(name)
     model.double().set_experts_implementation("eager")  # the only one in float64
-    with enable(model, ExpertSkip(prune=0.4, free_memory=True)) as session:
+    with enable(model, ExpertSkip(prune=0.4)) as session:
         layers = mixtures(session.sites)
         kept = [(~session.record(x.router).facts["known", 0, "plan"].hidden) for x in layers]
     config = copy.deepcopy(model.config)
@@ -137,6 +139,34 @@ def test_what_is_deleted_is_told():
                 use(model)
     with torch.no_grad(), pytest.raises(UnsupportedModelError, match="load the model again"):
         model(**inputs)
+
+
+@pytest.mark.parametrize("policy", [
+    ExpertSkip(prune=0.25, free_memory=True),
+    ExpertSkip(prune=0.25, merge=True),
+    ExpertSkip(prune=0.25, free_memory=True, irreversible=True),
+], ids=str)  # fmt: skip
+def test_what_is_gone_is_gone_from_every_forward(policy, recwarn):
+    """With gradients, in training mode, paused, of a part of the model, in what the rules leave."""
+    model, inputs = tiny()
+    part, seen = model.model.layers[0].mlp, []
+    handle = part.register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
+    with enable(model, policy) as session:
+        with torch.no_grad():
+            wanted = model(**inputs).logits
+            handle.remove()
+            assert torch.equal(part(seen[0][0]), seen[0][1])
+            with session.paused():
+                assert torch.equal(model(**inputs).logits, wanted)
+        assert torch.equal(model(**inputs).logits, wanted)
+        assert torch.equal(model.train()(**inputs).logits, wanted)
+        model.eval()
+        assert "while paused, too" in " ".join(str(session.report()).split())
+    assert not recwarn.list
+    if policy.irreversible:
+        return
+    with enable(model, replace(policy, mass=0.5)), pytest.warns(InertWarning):
+        assert torch.equal(model(**inputs).logits, wanted)
 
 
 @pytest.mark.parametrize("free", list(itertools.product([False, True], repeat=2)))
