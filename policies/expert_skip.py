@@ -18,6 +18,7 @@ from accelerate_hooks.policies._experts import Experts, error_of, read_experts, 
 from accelerate_hooks.policies._means import instead, means_of
 from accelerate_hooks.policies._pruning import Criterion
 from accelerate_hooks.policies._routers import Plan, route
+from accelerate_hooks.policies._surgery import refuse_deleted
 from accelerate_hooks.policies._twins import has_own_forward
 from accelerate_hooks.policy import Decides, Policy
 from accelerate_hooks.site import Effect, Kind, Site
@@ -65,7 +66,8 @@ class ExpertSkip(Policy):
         (EEP, arXiv 2407.00945): new experts ``merge @ experts``, chosen by
         ``softmax(logits) @ route.T``.
     free_memory: the pruned experts are really taken out, and lie on the CPU until the session ends;
-        with ``irreversible`` they are deleted, and the model is good for nothing afterwards.
+        with ``irreversible`` they are deleted, and after the session a forward, a copy, a pickle, a
+        state dict and another ExpertSkip raise: the model has to be loaded again.
 
     What ``merge`` and ``free_memory`` make of a model it is in every forward of the session, with
     gradients on and while paused, too.
@@ -164,6 +166,7 @@ class ExpertSkip(Policy):
         return frozenset({Effect.REPLACE if self.ragged or adds else Effect.RESHAPE})
 
     def check(self, session: Any) -> list[str]:
+        refuse_deleted(session.sites)
         if self.artifact is not None:
             for root in session.roots:
                 self.artifact.check(policy=self.name, model=root.model)

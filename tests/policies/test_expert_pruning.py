@@ -127,6 +127,14 @@ def test_a_change_of_dtype_while_experts_are_out_reaches_them():
     run(model, inputs)
 
 
+USES = (
+    copy.deepcopy, pickle.dumps, lambda m: m.state_dict(),
+    *(lambda m, p=p: enable(m, p) for p in (
+        ExpertSkip(ratio=0.5), ExpertSkip(prune=0.1), ExpertSkip(prune=0.1, free_memory=True),
+    )),
+)  # fmt: skip
+
+
 def test_what_is_deleted_is_told():
     model, inputs = tiny()
     policy = ExpertSkip(prune=0.25, free_memory=True, irreversible=True)
@@ -134,11 +142,12 @@ def test_what_is_deleted_is_told():
         wanted = run(*tiny(), ExpertSkip(prune=0.25))
         assert torch.equal(model(**inputs).logits, wanted)
         assert "deleted" in str(session.report())
-        for use in (copy.deepcopy, pickle.dumps, lambda m: m.state_dict()):
+        for use in USES[:3]:
             with pytest.raises(UnsupportedModelError, match="irreversible=True has deleted"):
                 use(model)
-    with torch.no_grad(), pytest.raises(UnsupportedModelError, match="load the model again"):
-        model(**inputs)
+    for use in (*USES, lambda m: run(m, inputs)):
+        with pytest.raises(UnsupportedModelError, match="load the model again"):
+            use(model)
 
 
 @pytest.mark.parametrize("policy", [
