@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from accelerate_hooks.artifact import Artifact
 from accelerate_hooks.call import Call
+from accelerate_hooks.errors import ArtifactError, SpecError
 from accelerate_hooks.kernels import FALLBACKS, skip_experts
 from accelerate_hooks.opaque import opaque_functions, uncompiled
 from accelerate_hooks.policies import _lists, _pruning, _weighing
@@ -74,6 +75,7 @@ class ExpertSkip(Policy):
     """
 
     name: ClassVar[str] = "expert_skip"
+    RULES: ClassVar[tuple[str, ...]] = ("top_k", "ratio", "mass", "floor")
 
     top_k: int | tuple[int, ...] | None = None
     ratio: float | tuple[float, ...] | None = None
@@ -109,6 +111,20 @@ class ExpertSkip(Policy):
             self.require(name, ok, "False, or a share to prune with it")
         ok = self.free_memory or not self.irreversible
         self.require("irreversible", ok, "False, or free_memory=True with it")
+        if self.artifact is not None and not self.rules and not self.prunes:
+            self._follow(self.artifact)
+
+    def _follow(self, artifact: Artifact) -> None:
+        """Take the rule that was fitted, where none is set."""
+        rule, values = artifact.meta.get("rule"), artifact.tensors.get("thresholds")
+        if rule not in self.RULES or values is None:
+            where = f"{artifact.path}: the" if artifact.path else "the"
+            raise ArtifactError(
+                f"{where} artifact holds no fitted rule to follow; set one of "
+                f"{', '.join(self.RULES)}, or prune with what it measured"
+            )
+        kind = int if rule == "top_k" else float
+        object.__setattr__(self, rule, tuple(map(kind, values.tolist())))
 
     def _require_all(self, name: str, ok: Callable[[Any], bool], wanted: str) -> None:
         value = getattr(self, name)
@@ -129,6 +145,11 @@ class ExpertSkip(Policy):
     @property
     def kinds(self) -> tuple[Kind, ...]:
         return ("router", "experts") if self.prunes else ("experts",)
+
+    @property
+    def rules(self) -> list[str]:
+        """Those that are set."""
+        return [name for name in self.RULES if getattr(self, name) is not None]
 
     @property
     def prunes(self) -> bool:
@@ -186,8 +207,8 @@ class ExpertSkip(Policy):
         progress: bool = True,
         generations: int = 50,
     ) -> Self:
-        """Find what the settings leave open, on ``data``: keyword arguments of a few calls of the
-        model, or token ids.
+        """Find what the settings leave open, on ``data``: keyword arguments of the model or token
+        ids ``[batch, tokens]``, of one call or a list of calls.
 
         With one rule set (``ExpertSkip(mass=0.9)``), its number a layer, such that ``target``
         experts are kept on average, where leaving out costs least, and what each expert gives on
@@ -199,10 +220,14 @@ class ExpertSkip(Policy):
         ``generations``, the acceptance of the full model's tokens as fitness. ``resume`` keeps what
         was tried.
 
-        Returns a policy with the numbers found and an artifact that says what for.
+        Returns a policy with the numbers found and an artifact that says what for: given to a
+        policy without a rule, it brings its own.
         """
         from accelerate_hooks.policies import _fitting
 
+        if target is not None and (type(target) is bool or not isinstance(target, (int, float))):
+            raise SpecError(f"expert_skip: target={target!r} is a {type(target).__name__}; give a "
+                            "number")  # fmt: skip
         if self.prune is not None:
             return _fitting.fit_pruning(self, model, data, target, generations, resume, progress)
         return _fitting.fit_rule(self, model, data, target, progress)

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import pickle
+from collections import UserDict
 from dataclasses import replace
 
 import pytest
@@ -20,6 +21,7 @@ from accelerate_hooks.policies._pruning import aimer, mixtures, nearest
 from accelerate_hooks.policies._surgery import mixed
 from accelerate_hooks.resume import Resume
 from accelerate_hooks.session import InertWarning
+from accelerate_hooks.spec import parse
 
 FAMILIES = (
     "mixtral", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v3", "granitemoe", "qwen2_moe", "phimoe",
@@ -387,6 +389,58 @@ def test_fitting_says_what_it_lacks(policy, given_, words):
     model, inputs = tiny()
     with pytest.raises(SpecError, match=words):
         policy.fit(model, [inputs], progress=False, **given_)
+
+
+def test_data_is_one_call_or_several_of_ids_or_keyword_arguments():
+    model, inputs = tiny()
+    ids = inputs["input_ids"]
+    policy = ExpertSkip(mass=0.5)
+
+    def fitted(data):
+        return policy.fit(model, data, target=2.0, progress=False).artifact.tensors
+
+    wanted = fitted([{"input_ids": ids}])
+    for data in (ids, [ids], {"input_ids": ids}, UserDict(input_ids=ids), iter([ids])):
+        got = fitted(data)
+        assert all(torch.equal(got[n], wanted[n]) for n in wanted)
+    fitted(ids[0])
+    for wrong in ("text", ["text"], 3, [ids, None], [[1, 2]]):
+        with pytest.raises(SpecError, match="token ids"):
+            fitted(wrong)
+        with pytest.raises(SpecError, match="token ids"):
+            ExpertSkip(prune=0.25).fit(model, wrong, progress=False)
+    for nothing in ([], ()):
+        with pytest.raises(SpecError, match="at least one item"):
+            fitted(nothing)
+    for target in ("2", True, [2.0]):
+        with pytest.raises(SpecError, match="target="):
+            policy.fit(model, ids, target=target)
+
+
+@pytest.mark.filterwarnings("ignore::accelerate_hooks.session.InertWarning")
+def test_fitting_says_why_it_sees_nothing():
+    model, inputs = tiny()
+    with pytest.raises(SpecError, match="training mode"):
+        ExpertSkip(mass=0.5).fit(model.train(), [inputs], target=2.0, progress=False)
+    for name in ("hidream", "nucleus_moe_image"):
+        model, inputs = tiny(name)
+        with pytest.raises(UnsupportedModelError, match="yourself"):
+            ExpertSkip(mass=0.5).fit(model, [inputs], target=1.5, progress=False)
+
+
+@pytest.mark.parametrize("rule", [{"mass": 0.5}, {"top_k": 1}])
+def test_an_artifact_brings_its_rule(rule, tmp_path):
+    model, inputs = tiny()
+    fitted = ExpertSkip(**rule).fit(model, [inputs], target=2.0, progress=False)
+    path = tmp_path / "rule.safetensors"
+    fitted.artifact.save(path)
+    (read,) = parse(f"expert_skip:artifact='{path}'")
+    assert read.policy == fitted and [a.policy for a in parse(str(fitted))] == [fitted]
+    other = ExpertSkip(floor=0.1, artifact=fitted.artifact)
+    assert other.rules == ["floor"]
+    measured = ExpertSkip(prune=0.25).fit(model, [inputs], progress=False).artifact
+    with pytest.raises(ArtifactError, match="no fitted rule"):
+        ExpertSkip(artifact=measured)
 
 
 @given(st.data())
