@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from accelerate_hooks.errors import UnsupportedModelError
 from accelerate_hooks.opaque import opaque_functions
 from accelerate_hooks.policies._pruning import Layer, stacked
+from accelerate_hooks.policies._twins import has_own_forward
 from accelerate_hooks.seam import Ledger, Override
 from accelerate_hooks.site import Site
 
@@ -107,6 +108,13 @@ def shrink(
         )
     removed = Removed(layer, drop=drop)
     module, before = removed.module, removed.parameters
+    wrapped = layer.experts.path.endswith(".base_layer") or hasattr(module, "parametrizations")
+    if wrapped or not has_own_forward(module):
+        raise UnsupportedModelError(
+            f"expert_skip: somebody has wrapped the experts of {layer.experts.name} (an adapter, "
+            "offloading) and counts on all of them; merge or take off what wraps them, or do "
+            "without free_memory and merge"
+        )
     if not before or any(
         type(p) is not nn.Parameter or p.is_meta or not p.is_floating_point()
         for p in before.values()

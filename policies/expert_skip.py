@@ -15,7 +15,7 @@ from accelerate_hooks.errors import ArtifactError, SpecError
 from accelerate_hooks.kernels import FALLBACKS, skip_experts
 from accelerate_hooks.opaque import opaque_functions, uncompiled
 from accelerate_hooks.policies import _lists, _pruning, _weighing
-from accelerate_hooks.policies._experts import Experts, error_of, read_experts, slot_flops
+from accelerate_hooks.policies._experts import Experts, error_of, look_of, read_experts, slot_flops
 from accelerate_hooks.policies._means import instead, means_of
 from accelerate_hooks.policies._pruning import Criterion
 from accelerate_hooks.policies._routers import Plan, route
@@ -226,8 +226,9 @@ class ExpertSkip(Policy):
         from accelerate_hooks.policies import _fitting
 
         if target is not None and (type(target) is bool or not isinstance(target, (int, float))):
-            raise SpecError(f"expert_skip: target={target!r} is a {type(target).__name__}; give a "
-                            "number")  # fmt: skip
+            raise SpecError(
+                f"expert_skip: target={target!r} is a {type(target).__name__}; give a number"
+            )
         if self.prune is not None:
             return _fitting.fit_pruning(self, model, data, target, generations, resume, progress)
         return _fitting.fit_rule(self, model, data, target, progress)
@@ -343,16 +344,17 @@ class ExpertSkip(Policy):
         return kept.gather(-1, back), some.gather(-1, back)
 
     def _experts(self, call: Call) -> Experts | None:
-        """The module's experts, if the kernel knows their form: tried once on the first visit."""
-
-        def read() -> Experts | None:
+        """The module's experts, if the kernel knows their form: tried on the first visit, and again
+        once somebody has wrapped or replaced something of it."""
+        held: dict[str, Any] = call.known(dict, "experts")
+        now = look_of(call.site.module)
+        if held.get("look") != now:
             found = read_experts(call.site.module)
-            if found is None or call.routing is None:
-                return None
-            error = error_of(found, call.x, *call.routing, call.plain())
-            return found if call.read(error)[0] <= 1.0 else None
-
-        return call.known(read)
+            if found is not None and call.routing is not None:
+                error = error_of(found, call.x, *call.routing, call.plain())
+                found = found if call.read(error)[0] <= 1.0 else None
+            held.update(look=now, experts=found)
+        return held["experts"]
 
     def keep(self, ranked: Tensor, limit: int | None, depth: int = 0) -> Tensor:
         """Which of the weights ``[T, k]``, greatest first, are kept in layer ``depth``: bools, the
