@@ -17,7 +17,7 @@ from accelerate_hooks.opaque import opaque_functions
 from accelerate_hooks.policies._evolving import acceptance, evolve
 from accelerate_hooks.policies._hull import split
 from accelerate_hooks.policies._means import packed
-from accelerate_hooks.policies._pruning import Layer, mixtures
+from accelerate_hooks.policies._pruning import Layer, mixtures, scores_of, survivors
 from accelerate_hooks.policies._routers import chosen
 from accelerate_hooks.policies._watching import Seen, Watch, calls, look, thresholds, watch
 from accelerate_hooks.resume import Resume
@@ -141,10 +141,16 @@ def fit_pruning(
     most = [layer.count - (layer.top_k or 1) for layer in layers]
     total = int(target * sum(layer.count for layer in layers) + 1e-9)
     masked = replace(fitted, merge=False, free_memory=False, irreversible=False)
+    scores = [scores_of(fitted, layer, i) for i, layer in enumerate(layers)]
+    accepted = acceptance(model, lambda plan: replace(masked, prune=plan), items)
+
+    def fitness(plan: Sequence[int]) -> float:
+        parts = zip(layers, scores, plan, strict=True)
+        return accepted(plan) if all(x.serves(survivors(s, n)) for x, s, n in parts) else 0.0
+
     kept = Resume(resume, model=_model_of(model), data=items, policy=policy, total=total)
     plan, tried = evolve(
-        acceptance(model, lambda plan: replace(masked, prune=plan), items), most, total,
-        generations=generations, resume=kept, progress=progress,
+        fitness, most, total, generations=generations, resume=kept, progress=progress
     )  # fmt: skip
     artifact = Artifact.create(
         tensors, **made_for, target=target, removed=list(plan), esap=tried[plan], tried=len(tried)

@@ -33,6 +33,18 @@ class Layer:
         found = getattr(self.router.module, "top_k", None)
         return found if isinstance(found, int) else None
 
+    def serves(self, kept: Tensor) -> bool:
+        """Whether a token finds as many experts as it asks among ``kept`` ``[E']``, whichever
+        groups of experts a router that limits it to a few of them (DeepSeek-V3) picks."""
+        router = self.router.module
+        groups, some = (getattr(router, name, None) for name in ("num_group", "topk_group"))
+        if not isinstance(groups, int) or not isinstance(some, int) or self.count % groups:
+            return True
+        if getattr(router, "topk_method", None) == "greedy":  # DeepSeek-V2 can do without
+            return True
+        left = torch.bincount(kept // (self.count // groups), minlength=groups)
+        return int(left.sort().values[:some].sum()) >= (self.top_k or 1)
+
 
 def mixtures(sites: list[Site], policy: str = "expert_skip") -> list[Layer]:
     """The mixtures among ``sites``, in their order. Raises UnsupportedModelError where one has no
@@ -191,8 +203,14 @@ Chosen = tuple[Tensor | None, Tensor | None, Plan]
 def _plans(policy: Any, layers: list[Layer]) -> list[Chosen]:
     plans: list[Chosen] = []
     for i, (layer, removed) in enumerate(zip(layers, removals(policy.prune, layers), strict=True)):
-        scores = _scores(policy, layer, i)
+        scores = scores_of(policy, layer, i)
         kept = survivors(scores, removed)
+        if not layer.serves(kept):
+            raise SpecError(
+                f"expert_skip: prune takes {removed} of the {layer.count} experts of "
+                f"{layer.experts.name}, and some groups of them keep too few for a token, which "
+                f"asks {layer.top_k or 1} of the groups that its router picks; take fewer there"
+            )
         hidden = torch.ones(layer.count, dtype=torch.bool)
         hidden[kept] = False
         place = torch.zeros(layer.count, dtype=torch.int64)
@@ -226,7 +244,7 @@ def _matrices(policy: Any, layers: list[Layer]) -> list[Chosen]:
     return plans
 
 
-def _scores(policy: Any, layer: Layer, i: int) -> Tensor:
+def scores_of(policy: Any, layer: Layer, i: int) -> Tensor:
     if policy.criterion == "aimer":
         return importance(layer)
     found = _measured(policy, policy.criterion, i)

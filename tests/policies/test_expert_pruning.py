@@ -11,13 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import TINY
+from transformers import DeepseekV3ForCausalLM
 
 from accelerate_hooks import ExpertSkip, SpecError, active, enable
 from accelerate_hooks.artifact import Artifact
 from accelerate_hooks.errors import ArtifactError, PolicyConflictError, UnsupportedModelError
 from accelerate_hooks.policies._evolving import evolve
 from accelerate_hooks.policies._hull import split
-from accelerate_hooks.policies._pruning import aimer, mixtures, nearest
+from accelerate_hooks.policies._pruning import aimer, importance, mixtures, nearest, survivors
 from accelerate_hooks.policies._surgery import mixed
 from accelerate_hooks.resume import Resume
 from accelerate_hooks.session import InertWarning
@@ -208,6 +209,36 @@ def test_a_token_is_always_given_as_many_experts_as_it_asks():
             enable(model, ExpertSkip(prune=prune))
     with pytest.raises(SpecError, match="has 2 numbers, this model 4"):
         enable(model, ExpertSkip(prune=(1, 1)))
+
+
+def grouped():
+    """Two of four groups of two experts, and three of these four experts, for each token."""
+    config = copy.deepcopy(tiny("deepseek_v3")[0].config)
+    config.n_routed_experts = config.num_local_experts = 8
+    config.n_group, config.topk_group, config.num_experts_per_tok = 4, 2, 3
+    torch.manual_seed(0)
+    return DeepseekV3ForCausalLM(config).eval()
+
+
+def test_groups_of_experts_keep_enough_whatever_the_prompt():
+    model = grouped()
+    with enable(model, ExpertSkip(prune=0.0)) as session:
+        layers = mixtures(session.sites)
+    every = torch.arange(1, model.config.vocab_size).unsqueeze(1)
+    ran = 0
+    for number in range(6):
+        policy = ExpertSkip(prune=(number,) + (0,) * (len(layers) - 1))
+        kept = survivors(importance(layers[0]), number)
+        least = sorted((kept // 2).bincount(minlength=4).tolist())[:2]
+        if sum(least) >= 3:
+            run(model, {"input_ids": every}, policy)
+            ran += 1
+        else:
+            with pytest.raises(SpecError, match="groups"):
+                enable(model, policy)
+    assert 1 < ran < 5
+    fit = ExpertSkip(prune=0.1, criterion="frequency").fit
+    run(model, {"input_ids": every}, fit(model, every, target=0.13, generations=1, progress=False))
 
 
 def test_the_router_gives_its_logits_for_all():
