@@ -168,12 +168,19 @@ class Ledger:
 
     def undo(self) -> list[str]:
         """Undo everything; the names of what somebody else has wrapped meanwhile. What somebody
-        else has taken out is in ``taken_out``."""
-        left = []
+        else has taken out is in ``taken_out``. What cannot be undone raises when all else is."""
+        left, errors = [], []
         while self._undo:
-            name = self._undo.popitem()[0]()
+            undo, _ = self._undo.popitem()
+            try:
+                name = undo()
+            except Exception as error:
+                errors.append(error)
+                continue
             if name is not None:
                 left.append(name)
+        if errors:
+            raise errors[0]
         return left
 
     def _restore(self, override: Override) -> str | None:

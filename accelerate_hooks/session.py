@@ -106,10 +106,10 @@ class Session:
             return []
         self._active = False
         self.reset()
-        left = self.ledger.undo()
         for root in self._roots.values():
             for seam in root.seams:
                 seam.active = False
+        left = self.ledger.undo()
         if left:
             warnings.warn(
                 f"{', '.join(left)}: wrapped by somebody else since enable; our part is inert and "

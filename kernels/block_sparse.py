@@ -158,7 +158,7 @@ def reference(
     return out.to(q.dtype), lse if with_lse else lse[:, :, :0].clone()
 
 
-@torch.library.custom_op("accelerate_hooks::block_sparse_attention", mutates_args=())
+@operator("block_sparse_attention")
 def _op(
     q: Tensor, k: Tensor, v: Tensor, counts: Tensor, indices: Tensor,
     key_mask: Tensor | None, block_q: int, block_k: int, is_causal: bool, scale: float,
@@ -189,7 +189,7 @@ def _op(
     return (gathered if q.dtype in _DTYPES else reference)(*given, with_lse)
 
 
-@_op.register_fake
+@torch.library.register_fake("accelerate_hooks::block_sparse_attention")
 def _(
     q: Tensor, k: Tensor, v: Tensor, counts: Tensor, indices: Tensor,
     key_mask: Tensor | None, block_q: int, block_k: int, is_causal: bool, scale: float,

@@ -48,6 +48,15 @@ def slot_flops(module: nn.Module, experts: int | None = None) -> float:
     return 2.0 * sum(p.numel() for p in matrices) / max(1, int(count))
 
 
+def look_of(module: nn.Module) -> tuple[Any, ...]:
+    """What `read_experts` makes of a module holds as long as this is the same."""
+    own, names = vars(module), module._parameters
+    return (
+        type(module), own.get("forward"), own.get("act_fn"), *module._modules.values(),
+        *names, *map(type, names.values()),
+    )  # fmt: skip
+
+
 def read_experts(module: nn.Module) -> Experts | None:
     """The experts of transformers' form: stacked matrices, gated or plain, either layout, biases.
 

@@ -17,12 +17,11 @@ from accelerate_hooks.opaque import opaque_functions
 from accelerate_hooks.policies._evolving import acceptance, evolve
 from accelerate_hooks.policies._hull import split
 from accelerate_hooks.policies._means import packed
-from accelerate_hooks.policies._pruning import Layer, mixtures
+from accelerate_hooks.policies._pruning import Layer, mixtures, scores_of, survivors
 from accelerate_hooks.policies._routers import chosen
-from accelerate_hooks.policies._watching import Seen, Watch, look, thresholds, watch
+from accelerate_hooks.policies._watching import Seen, Watch, calls, look, thresholds, watch
 from accelerate_hooks.resume import Resume
 
-RULES = ("top_k", "ratio", "mass", "floor")
 _NOISE = 256  # tokens of noise a layer for LExI
 
 
@@ -34,11 +33,12 @@ def fit_rule(policy: Any, model: nn.Module, data: Any, target: float | None, pro
     layers behind make of it). Kept is what the full model accepts most of; without data or logits,
     the split.
     """
-    rules = [name for name in RULES if getattr(policy, name) is not None]
+    rules = policy.rules
     if len(rules) != 1 or target is None:
         raise SpecError(
             f"expert_skip: fit finds the numbers of one rule for a target, and {len(rules)} are "
-            f"set, target={target!r}; give one of {', '.join(RULES)} and a mean number of experts"
+            f"set, target={target!r}; give one of {', '.join(policy.RULES)} and a mean number of "
+            "experts"
         )
     rule = rules[0]
     if data is None and rule == "top_k":
@@ -46,7 +46,7 @@ def fit_rule(policy: Any, model: nn.Module, data: Any, target: float | None, pro
     elif data is None:
         raise SpecError(f"expert_skip: {rule} is fitted on data; only top_k can do without")
     else:
-        data = list(data)
+        data = calls(data)
         seen = watch(policy, model, data, rule, progress)
     names, curves = list(seen), []
     for name in names:
@@ -124,7 +124,7 @@ def fit_pruning(
     resume: str | None, progress: bool,
 ) -> Any:  # fmt: skip
     """What the criteria measure on ``data``; with a target, how many experts go in each layer."""
-    items = list(data or ())
+    items = calls(() if data is None else data)
     seen = watch(policy, model, items, None, progress)
     tensors: dict[str, Tensor] = {
         f"{name}.{i}": values
@@ -141,10 +141,16 @@ def fit_pruning(
     most = [layer.count - (layer.top_k or 1) for layer in layers]
     total = int(target * sum(layer.count for layer in layers) + 1e-9)
     masked = replace(fitted, merge=False, free_memory=False, irreversible=False)
+    scores = [scores_of(fitted, layer, i) for i, layer in enumerate(layers)]
+    accepted = acceptance(model, lambda plan: replace(masked, prune=plan), items)
+
+    def fitness(plan: Sequence[int]) -> float:
+        parts = zip(layers, scores, plan, strict=True)
+        return accepted(plan) if all(x.serves(survivors(s, n)) for x, s, n in parts) else 0.0
+
     kept = Resume(resume, model=_model_of(model), data=items, policy=policy, total=total)
     plan, tried = evolve(
-        acceptance(model, lambda plan: replace(masked, prune=plan), items), most, total,
-        generations=generations, resume=kept, progress=progress,
+        fitness, most, total, generations=generations, resume=kept, progress=progress
     )  # fmt: skip
     artifact = Artifact.create(
         tensors, **made_for, target=target, removed=list(plan), esap=tried[plan], tried=len(tried)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from accelerate_hooks.errors import ArtifactError, SpecError, UnsupportedModelError
 from accelerate_hooks.opaque import opaque_functions
-from accelerate_hooks.policies._routers import Plan
+from accelerate_hooks.policies._routers import Plan, Renumbered
+from accelerate_hooks.seam import Override
 from accelerate_hooks.site import Site
 
 Criterion = Literal["aimer", "frequency", "router_weight", "activation_norm", "reap"]
@@ -31,6 +32,18 @@ class Layer:
         """How many of them a token asks, where the router says it."""
         found = getattr(self.router.module, "top_k", None)
         return found if isinstance(found, int) else None
+
+    def serves(self, kept: Tensor) -> bool:
+        """Whether a token finds as many experts as it asks among ``kept`` ``[E']``, whichever
+        groups of experts a router that limits it to a few of them (DeepSeek-V3) picks."""
+        router = self.router.module
+        groups, some = (getattr(router, name, None) for name in ("num_group", "topk_group"))
+        if not isinstance(groups, int) or not isinstance(some, int) or self.count % groups:
+            return True
+        if getattr(router, "topk_method", None) == "greedy":  # DeepSeek-V2 can do without
+            return True
+        left = torch.bincount(kept // (self.count // groups), minlength=groups)
+        return int(left.sort().values[:some].sum()) >= (self.top_k or 1)
 
 
 def mixtures(sites: list[Site], policy: str = "expert_skip") -> list[Layer]:
@@ -171,12 +184,16 @@ def install(policy: Any, session: Any) -> None:
     plans = _matrices(policy, layers) if policy.prune is None else _plans(policy, layers)
     freed = 0
     for layer, (kept, matrix, plan) in zip(layers, plans, strict=True):
-        if matrix is not None or policy.free_memory:
+        if policy.takes_out:
             freed += shrink(
                 layer, kept if matrix is None else None, matrix, ledger=session.ledger,
                 away=policy.free_memory, drop=policy.irreversible,
             )  # fmt: skip
-        session.know(policy, layer.router, "plan", plan)
+            router = Override(layer.router.module, "forward", Renumbered(layer.router, plan))
+            session.ledger.override(router)
+            session.leave_out(layer.router)
+        else:
+            session.know(policy, layer.router, "plan", plan)
     session.notes.append(_said(policy, layers, plans, freed))
 
 
@@ -186,8 +203,14 @@ Chosen = tuple[Tensor | None, Tensor | None, Plan]
 def _plans(policy: Any, layers: list[Layer]) -> list[Chosen]:
     plans: list[Chosen] = []
     for i, (layer, removed) in enumerate(zip(layers, removals(policy.prune, layers), strict=True)):
-        scores = _scores(policy, layer, i)
+        scores = scores_of(policy, layer, i)
         kept = survivors(scores, removed)
+        if not layer.serves(kept):
+            raise SpecError(
+                f"expert_skip: prune takes {removed} of the {layer.count} experts of "
+                f"{layer.experts.name}, and some groups of them keep too few for a token, which "
+                f"asks {layer.top_k or 1} of the groups that its router picks; take fewer there"
+            )
         hidden = torch.ones(layer.count, dtype=torch.bool)
         hidden[kept] = False
         place = torch.zeros(layer.count, dtype=torch.int64)
@@ -197,8 +220,7 @@ def _plans(policy: Any, layers: list[Layer]) -> list[Chosen]:
             asked = _measured(policy, "frequency", i)
             weight = torch.ones(layer.count) if asked is None else asked
             matrix = nearest(layer, kept, scores, weight)
-        gone = policy.merge or policy.free_memory
-        plans.append((kept, matrix, Plan(hidden, place if gone else None)))
+        plans.append((kept, matrix, Plan(hidden, place if policy.takes_out else None)))
     return plans
 
 
@@ -222,7 +244,7 @@ def _matrices(policy: Any, layers: list[Layer]) -> list[Chosen]:
     return plans
 
 
-def _scores(policy: Any, layer: Layer, i: int) -> Tensor:
+def scores_of(policy: Any, layer: Layer, i: int) -> Tensor:
     if policy.criterion == "aimer":
         return importance(layer)
     found = _measured(policy, policy.criterion, i)
@@ -248,7 +270,7 @@ def _said(policy: Any, layers: list[Layer], plans: list[Chosen], freed: int) -> 
     text = (
         f"expert_skip: {counts} of {layers[0].count} experts left in {len(layers)} layers, by {by}"
     )
-    if not freed:
+    if not policy.takes_out:
         return text + "; they are hidden from the router, and free no memory"
     where = (
         "deleted" if policy.irreversible else "kept on the CPU" if policy.free_memory else "kept"
@@ -256,7 +278,10 @@ def _said(policy: Any, layers: list[Layer], plans: list[Chosen], freed: int) -> 
     on_cpu = all(p.device.type == "cpu" for layer in layers for p in _flat(layer.experts.module))
     if on_cpu and not policy.irreversible:
         where = "kept, so that no memory is free before irreversible=True deletes them"
-    return f"{text}; {freed / 1e6:.1f} MB of parameters less, the originals are {where}"
+    return (
+        f"{text}, with gradients on and while paused, too; {freed / 1e6:.1f} MB of parameters "
+        f"less, the originals are {where}"
+    )
 
 
 opaque_functions(globals())

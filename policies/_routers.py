@@ -8,6 +8,7 @@ operations in the right place, and needs no knowledge of the family.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from accelerate_hooks import tree
 from accelerate_hooks.call import Call
 from accelerate_hooks.errors import UnsupportedModelError
+from accelerate_hooks.frame import FRAME
 from accelerate_hooks.opaque import opaque_functions, uncompiled
+from accelerate_hooks.seam import Override
+from accelerate_hooks.site import Site
 
 _PRODUCTS = frozenset(
     {
@@ -82,15 +87,51 @@ def route(call: Call, plan: Plan) -> Any:
     """
     told, device = plan, call.x.device
     plan = call.known(lambda: told.to(device), f"plan on {device}")  # no copy a visit
+    return _follow(
+        call.site, plan, call.proceed,
+        lambda wrong: call.known(lambda: not call.read(wrong())[0], "obeys"),
+    )  # fmt: skip
+
+
+class Renumbered:
+    """The forward of a router before experts that are really gone: in every forward of the module,
+    whether policies act in it or not."""
+
+    def __init__(self, site: Site, plan: Plan) -> None:
+        self.site, self.plan = site, plan
+        self.plans: dict[torch.device, Plan] = {}
+        self.obeys = False
+
+    @uncompiled
+    def __call__(self, override: Override, args: Any, kwargs: Any) -> Any:
+        device = next(tree.leaves((args, kwargs)))[1].device
+        if device not in self.plans:
+            self.plans[device] = self.plan.to(device)
+        return _follow(
+            self.site, self.plans[device], lambda: override.original(*args, **kwargs), self._obeys
+        )
+
+    def _obeys(self, wrong: Callable[[], Tensor]) -> bool:
+        if not self.obeys:
+            frame = FRAME.get()
+            if frame is not None:
+                frame.count_read()
+            self.obeys = not bool(wrong())
+        return self.obeys
+
+
+def _follow(
+    site: Site, plan: Plan, work: Callable[[], Any], obeys: Callable[[Callable[[], Tensor]], bool]
+) -> Any:
     with _Hiding(plan.hidden):
-        out = call.proceed()
+        out = work()
     if plan.mix is not None:
-        return _mixed(call, out, plan.mix)
+        return _mixed(site, out, plan.mix)
     at = _indices(out)
-    if not call.known(lambda: _obeys(call, out, at, plan), "obeys"):
+    if not obeys(lambda: _wrong(out, at, plan)):
         raise UnsupportedModelError(
-            f"expert_skip: {call.site.name} ({type(call.site.module).__name__}) chooses experts "
-            "in a way that pruning does not reach; use the rules that act at run time instead"
+            f"expert_skip: {site.name} ({type(site.module).__name__}) chooses experts in a way "
+            "that pruning does not reach; use the rules that act at run time instead"
         )
     if plan.place is None or at is None:
         return out
@@ -121,15 +162,15 @@ def chosen(out: Any) -> tuple[Tensor, Tensor] | None:
     return (out[at], weights[0]) if len(weights) == 1 else None
 
 
-def _obeys(call: Call, out: Any, at: int | None, plan: Plan) -> bool:
+def _wrong(out: Any, at: int | None, plan: Plan) -> Tensor:
+    """Whether a router has chosen what is hidden."""
     if at is None:  # logits alone are hidden already, but cannot be given other numbers
         hides = isinstance(out, Tensor) and out.shape[-1] == len(plan.hidden)
-        return hides and plan.place is None
-    wrong = plan.hidden[out[at]].any()
-    return not call.read(wrong.float())[0]
+        return torch.tensor(float(not hides or plan.place is not None))
+    return plan.hidden[out[at]].any().float()
 
 
-def _mixed(call: Call, out: Any, mix: Tensor) -> Any:
+def _mixed(site: Site, out: Any, mix: Tensor) -> Any:
     """EEP's router: ``p = softmax(logits) @ mix.T``, the greatest of which are chosen, weighed to
     the sum that the router's own weights had."""
     at = _indices(out)
@@ -142,7 +183,7 @@ def _mixed(call: Call, out: Any, mix: Tensor) -> Any:
     weights = [i for i in scores if at is not None and out[i].shape == out[at].shape]
     if at is None or len(logits) != 1 or len(weights) != 1:
         raise UnsupportedModelError(
-            f"expert_skip: {call.site.name} ({type(call.site.module).__name__}) does not give "
+            f"expert_skip: {site.name} ({type(site.module).__name__}) does not give "
             "logits, weights and indices; matrices that merge experts need a router that does"
         )
     before = out[weights[0]]

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from accelerate_hooks.errors import UnsupportedModelError
 from accelerate_hooks.opaque import opaque_functions
 from accelerate_hooks.policies._pruning import Layer, stacked
+from accelerate_hooks.policies._twins import has_own_forward
 from accelerate_hooks.seam import Ledger, Override
+from accelerate_hooks.site import Site
 
 _COUNTS = ("num_experts", "num_local_experts")  # what experts call their own number
 _OURS = ("__deepcopy__", "__reduce_ex__", "_save_to_state_dict")
@@ -66,13 +68,25 @@ class Removed:
         self.whole("a forward without the session")
 
     def undo(self) -> None:
+        if self.drop:  # a copy, a pickle, a state dict and a forward go on to raise
+            for name, handler in (("forward", self.gone), (_OURS[2], self.save)):
+                vars(self.module)[name] = Override(self.module, name, handler)
+            return
         for name in _OURS[:2]:
             del vars(self.module)[name]
-        if self.drop:
-            vars(self.module)["forward"] = Override(self.module, "forward", self.gone)
-            return
         vars(self.module).update(self.counts)
         self.module._parameters.update(self.whole("the end of the session"))
+
+
+def _removed(site: Site) -> Removed | None:
+    held = getattr(vars(site.module).get(_OURS[0]), "__self__", None)
+    return held if isinstance(held, Removed) else None
+
+
+def refuse_deleted(sites: list[Site]) -> None:
+    """Raises UnsupportedModelError where an earlier session has deleted experts."""
+    for removed in filter(None, map(_removed, sites)):
+        removed.whole("another session")
 
 
 def shrink(
@@ -86,8 +100,21 @@ def shrink(
     of what stood for them. ``away``: meanwhile they are on the CPU; ``drop``: they are deleted, and
     the experts raise once the session is over.
     """
+    if _removed(layer.experts) is not None:
+        raise UnsupportedModelError(
+            f"expert_skip: several layers share the experts of {layer.experts.name}, and each "
+            "would take out others; without free_memory and merge they are hidden from the routers "
+            "instead"
+        )
     removed = Removed(layer, drop=drop)
     module, before = removed.module, removed.parameters
+    wrapped = layer.experts.path.endswith(".base_layer") or hasattr(module, "parametrizations")
+    if wrapped or not has_own_forward(module):
+        raise UnsupportedModelError(
+            f"expert_skip: somebody has wrapped the experts of {layer.experts.name} (an adapter, "
+            "offloading) and counts on all of them; merge or take off what wraps them, or do "
+            "without free_memory and merge"
+        )
     if not before or any(
         type(p) is not nn.Parameter or p.is_meta or not p.is_floating_point()
         for p in before.values()

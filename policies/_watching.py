@@ -3,7 +3,7 @@ slots out would cost."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from accelerate_hooks.call import Call
 from accelerate_hooks.enable import enable
-from accelerate_hooks.errors import SpecError
+from accelerate_hooks.errors import SpecError, UnsupportedModelError
 from accelerate_hooks.opaque import opaque_functions
 from accelerate_hooks.policies._pruning import per_expert
 from accelerate_hooks.policy import Policy
@@ -94,8 +94,13 @@ class Watch(Policy):
             stream: dict[str, Tensor] = call.slot(dict, scope="run")
             stream["x"] = call.x.detach()
             return call.proceed()
-        if call.routing is not None and call.routing[0].ndim == 2:
-            self._look(call, *call.routing, call.slot(dict, scope="run").get("x"))
+        if call.routing is None or call.routing[0].ndim != 2:
+            raise UnsupportedModelError(
+                f"expert_skip: fit sees what experts do where they are given indices and weights "
+                f"[tokens, k], and {call.site.name} ({type(call.site.module).__name__}) is not; "
+                "give the numbers yourself"
+            )
+        self._look(call, *call.routing, call.slot(dict, scope="run").get("x"))
         return call.proceed()
 
     def _look(self, call: Call, indices: Tensor, weights: Tensor, stream: Tensor | None) -> None:
@@ -167,16 +172,17 @@ def thresholds(rule: str, k: int) -> Sequence[Any]:
 
 
 def watch(
-    policy: Any, model: nn.Module, data: Iterable[Any], rule: str | None, progress: bool
+    policy: Any, model: nn.Module, data: Any, rule: str | None, progress: bool
 ) -> dict[str, Seen]:
     """What `Watch` sees over the calls of ``data``, by the name of the site."""
     from tqdm import tqdm
 
-    items = list(data)
-    if not items:
-        raise SpecError("expert_skip: fit needs at least one item in data")
+    items = calls(data)
     seen: dict[str, Seen] = {}
-    with enable(model, Watch(policy=policy, rule=rule, seen=seen)), torch.no_grad():
+    watching = Watch(policy=policy, rule=rule, seen=seen)
+    with enable(model, watching) as session, torch.no_grad():
+        if any(root.model.training for root in session.roots):
+            raise SpecError("expert_skip: the model is in training mode; call model.eval() to fit")
         for item in tqdm(items, desc="experts", disable=not progress):
             forward(model, item)
     if not seen:
@@ -184,9 +190,25 @@ def watch(
     return seen
 
 
+def calls(data: Any) -> list[Any]:
+    """The calls of the model that ``data`` is: keyword arguments or token ids, of one or several.
+    Raises SpecError for what is neither, and for none."""
+    alone = isinstance(data, (Mapping, Tensor)) or not isinstance(data, Iterable)
+    items = [data] if alone else list(data)
+    if not items:
+        raise SpecError("expert_skip: fit needs at least one item in data")
+    for item in items:
+        if not isinstance(item, (Mapping, Tensor)):
+            raise SpecError(
+                f"expert_skip: data to fit on is keyword arguments of the model or token ids "
+                f"[batch, tokens], of one call or a list of calls, not {type(item).__name__}"
+            )
+    return [i.unsqueeze(0) if isinstance(i, Tensor) and i.ndim == 1 else i for i in items]
+
+
 def forward(model: nn.Module, item: Any) -> Any:
     """One call: ``item`` is keyword arguments, or the token ids themselves."""
-    return model(**item) if isinstance(item, dict) else model(item)
+    return model(**item) if isinstance(item, Mapping) else model(item)
 
 
 opaque_functions(globals())

@@ -11,13 +11,15 @@ from torch import Tensor, nn
 
 from accelerate_hooks.artifact import Artifact
 from accelerate_hooks.call import Call
+from accelerate_hooks.errors import ArtifactError, SpecError
 from accelerate_hooks.kernels import FALLBACKS, skip_experts
 from accelerate_hooks.opaque import opaque_functions, uncompiled
 from accelerate_hooks.policies import _lists, _pruning, _weighing
-from accelerate_hooks.policies._experts import Experts, error_of, read_experts, slot_flops
+from accelerate_hooks.policies._experts import Experts, error_of, look_of, read_experts, slot_flops
 from accelerate_hooks.policies._means import instead, means_of
 from accelerate_hooks.policies._pruning import Criterion
 from accelerate_hooks.policies._routers import Plan, route
+from accelerate_hooks.policies._surgery import refuse_deleted
 from accelerate_hooks.policies._twins import has_own_forward
 from accelerate_hooks.policy import Decides, Policy
 from accelerate_hooks.site import Effect, Kind, Site
@@ -65,10 +67,15 @@ class ExpertSkip(Policy):
         (EEP, arXiv 2407.00945): new experts ``merge @ experts``, chosen by
         ``softmax(logits) @ route.T``.
     free_memory: the pruned experts are really taken out, and lie on the CPU until the session ends;
-        with ``irreversible`` they are deleted, and the model is good for nothing afterwards.
+        with ``irreversible`` they are deleted, and after the session a forward, a copy, a pickle, a
+        state dict and another ExpertSkip raise: the model has to be loaded again.
+
+    What ``merge`` and ``free_memory`` make of a model it is in every forward of the session, with
+    gradients on and while paused, too.
     """
 
     name: ClassVar[str] = "expert_skip"
+    RULES: ClassVar[tuple[str, ...]] = ("top_k", "ratio", "mass", "floor")
 
     top_k: int | tuple[int, ...] | None = None
     ratio: float | tuple[float, ...] | None = None
@@ -104,6 +111,20 @@ class ExpertSkip(Policy):
             self.require(name, ok, "False, or a share to prune with it")
         ok = self.free_memory or not self.irreversible
         self.require("irreversible", ok, "False, or free_memory=True with it")
+        if self.artifact is not None and not self.rules and not self.prunes:
+            self._follow(self.artifact)
+
+    def _follow(self, artifact: Artifact) -> None:
+        """Take the rule that was fitted, where none is set."""
+        rule, values = artifact.meta.get("rule"), artifact.tensors.get("thresholds")
+        if rule not in self.RULES or values is None:
+            where = f"{artifact.path}: the" if artifact.path else "the"
+            raise ArtifactError(
+                f"{where} artifact holds no fitted rule to follow; set one of "
+                f"{', '.join(self.RULES)}, or prune with what it measured"
+            )
+        kind = int if rule == "top_k" else float
+        object.__setattr__(self, rule, tuple(map(kind, values.tolist())))
 
     def _require_all(self, name: str, ok: Callable[[Any], bool], wanted: str) -> None:
         value = getattr(self, name)
@@ -126,9 +147,24 @@ class ExpertSkip(Policy):
         return ("router", "experts") if self.prunes else ("experts",)
 
     @property
+    def rules(self) -> list[str]:
+        """Those that are set."""
+        return [name for name in self.RULES if getattr(self, name) is not None]
+
+    @property
     def prunes(self) -> bool:
         """Whether experts are taken from the model as a whole."""
         return self.prune is not None or bool(self._matrices)
+
+    @property
+    def takes_out(self) -> bool:
+        """Whether experts are really gone, and not only hidden from their router."""
+        return self.merge or self.free_memory or self._matrices
+
+    @property
+    def trains(self) -> bool:  # type: ignore[override]
+        """What is gone is so in every forward."""
+        return self.takes_out and self.top_k is None and not self.ragged
 
     @property
     def _matrices(self) -> bool:
@@ -146,11 +182,12 @@ class ExpertSkip(Policy):
 
     def acts(self, site: Site) -> frozenset[Effect]:
         if site.kind == "router":
-            return frozenset({Effect.RESHAPE})
+            return frozenset({Effect.REPLACE})  # the numbers of the experts: one policy's alone
         adds = self.artifact is not None and self.compensate
         return frozenset({Effect.REPLACE if self.ragged or adds else Effect.RESHAPE})
 
     def check(self, session: Any) -> list[str]:
+        refuse_deleted(session.sites)
         if self.artifact is not None:
             for root in session.roots:
                 self.artifact.check(policy=self.name, model=root.model)
@@ -170,8 +207,8 @@ class ExpertSkip(Policy):
         progress: bool = True,
         generations: int = 50,
     ) -> Self:
-        """Find what the settings leave open, on ``data``: keyword arguments of a few calls of the
-        model, or token ids.
+        """Find what the settings leave open, on ``data``: keyword arguments of the model or token
+        ids ``[batch, tokens]``, of one call or a list of calls.
 
         With one rule set (``ExpertSkip(mass=0.9)``), its number a layer, such that ``target``
         experts are kept on average, where leaving out costs least, and what each expert gives on
@@ -183,10 +220,15 @@ class ExpertSkip(Policy):
         ``generations``, the acceptance of the full model's tokens as fitness. ``resume`` keeps what
         was tried.
 
-        Returns a policy with the numbers found and an artifact that says what for.
+        Returns a policy with the numbers found and an artifact that says what for: given to a
+        policy without a rule, it brings its own.
         """
         from accelerate_hooks.policies import _fitting
 
+        if target is not None and (type(target) is bool or not isinstance(target, (int, float))):
+            raise SpecError(
+                f"expert_skip: target={target!r} is a {type(target).__name__}; give a number"
+            )
         if self.prune is not None:
             return _fitting.fit_pruning(self, model, data, target, generations, resume, progress)
         return _fitting.fit_rule(self, model, data, target, progress)
@@ -302,16 +344,17 @@ class ExpertSkip(Policy):
         return kept.gather(-1, back), some.gather(-1, back)
 
     def _experts(self, call: Call) -> Experts | None:
-        """The module's experts, if the kernel knows their form: tried once on the first visit."""
-
-        def read() -> Experts | None:
+        """The module's experts, if the kernel knows their form: tried on the first visit, and again
+        once somebody has wrapped or replaced something of it."""
+        held: dict[str, Any] = call.known(dict, "experts")
+        now = look_of(call.site.module)
+        if held.get("look") != now:
             found = read_experts(call.site.module)
-            if found is None or call.routing is None:
-                return None
-            error = error_of(found, call.x, *call.routing, call.plain())
-            return found if call.read(error)[0] <= 1.0 else None
-
-        return call.known(read)
+            if found is not None and call.routing is not None:
+                error = error_of(found, call.x, *call.routing, call.plain())
+                found = found if call.read(error)[0] <= 1.0 else None
+            held.update(look=now, experts=found)
+        return held["experts"]
 
     def keep(self, ranked: Tensor, limit: int | None, depth: int = 0) -> Tensor:
         """Which of the weights ``[T, k]``, greatest first, are kept in layer ``depth``: bools, the

@@ -26,6 +26,7 @@ from accelerate_hooks.errors import (
     UnsupportedModelError,
 )
 from accelerate_hooks.kernels import _dispatch
+from accelerate_hooks.seam import Ledger
 
 FLUX = TINY["flux"]
 DIT = TINY["dit"]
@@ -368,3 +369,16 @@ def test_what_is_exported_is_the_plain_model(scope, paused):
             assert not contract.cached(session)
             assert torch.equal(model(**given)[0], plain)
         assert torch.equal(program.module()(**given)[0], plain)
+
+
+def test_what_cannot_be_undone_keeps_nothing_else():
+    ledger, done = Ledger(), []
+
+    def fails():
+        raise KeyError("first")
+
+    for undo in (lambda: done.append(1), fails, lambda: done.append(2)):
+        ledger.note(undo)
+    with pytest.raises(KeyError, match="first"):
+        ledger.undo()
+    assert done == [2, 1] and ledger.undo() == []

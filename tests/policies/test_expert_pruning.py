@@ -3,21 +3,26 @@
 import copy
 import itertools
 import pickle
+from collections import UserDict
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import TINY
+from transformers import DeepseekV3ForCausalLM
 
-from accelerate_hooks import ExpertSkip, SpecError, enable
+from accelerate_hooks import ExpertSkip, SpecError, active, enable
 from accelerate_hooks.artifact import Artifact
-from accelerate_hooks.errors import ArtifactError, UnsupportedModelError
+from accelerate_hooks.errors import ArtifactError, PolicyConflictError, UnsupportedModelError
 from accelerate_hooks.policies._evolving import evolve
 from accelerate_hooks.policies._hull import split
-from accelerate_hooks.policies._pruning import aimer, mixtures, nearest
+from accelerate_hooks.policies._pruning import aimer, importance, mixtures, nearest, survivors
 from accelerate_hooks.policies._surgery import mixed
 from accelerate_hooks.resume import Resume
+from accelerate_hooks.session import InertWarning
+from accelerate_hooks.spec import parse
 
 FAMILIES = (
     "mixtral", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v3", "granitemoe", "qwen2_moe", "phimoe",
@@ -57,7 +62,7 @@ def test_hiding_is_a_model_without_these_experts(name):
     """In float64, against a smaller model of the class that was given the rows that are left."""
     model, inputs = tiny(name)
     model.double().set_experts_implementation("eager")  # the only one in float64
-    with enable(model, ExpertSkip(prune=0.4, free_memory=True)) as session:
+    with enable(model, ExpertSkip(prune=0.4)) as session:
         layers = mixtures(session.sites)
         kept = [(~session.record(x.router).facts["known", 0, "plan"].hidden) for x in layers]
     config = copy.deepcopy(model.config)
@@ -125,6 +130,14 @@ def test_a_change_of_dtype_while_experts_are_out_reaches_them():
     run(model, inputs)
 
 
+USES = (
+    copy.deepcopy, pickle.dumps, lambda m: m.state_dict(),
+    *(lambda m, p=p: enable(m, p) for p in (
+        ExpertSkip(ratio=0.5), ExpertSkip(prune=0.1), ExpertSkip(prune=0.1, free_memory=True),
+    )),
+)  # fmt: skip
+
+
 def test_what_is_deleted_is_told():
     model, inputs = tiny()
     policy = ExpertSkip(prune=0.25, free_memory=True, irreversible=True)
@@ -132,11 +145,61 @@ def test_what_is_deleted_is_told():
         wanted = run(*tiny(), ExpertSkip(prune=0.25))
         assert torch.equal(model(**inputs).logits, wanted)
         assert "deleted" in str(session.report())
-        for use in (copy.deepcopy, pickle.dumps, lambda m: m.state_dict()):
+        for use in USES[:3]:
             with pytest.raises(UnsupportedModelError, match="irreversible=True has deleted"):
                 use(model)
-    with torch.no_grad(), pytest.raises(UnsupportedModelError, match="load the model again"):
-        model(**inputs)
+    for use in (*USES, lambda m: run(m, inputs)):
+        with pytest.raises(UnsupportedModelError, match="load the model again"):
+            use(model)
+
+
+@pytest.mark.parametrize("policy", [
+    ExpertSkip(prune=0.25, free_memory=True),
+    ExpertSkip(prune=0.25, merge=True),
+    ExpertSkip(prune=0.25, free_memory=True, irreversible=True),
+], ids=str)  # fmt: skip
+def test_what_is_gone_is_gone_from_every_forward(policy, recwarn):
+    """With gradients, in training mode, paused, of a part of the model, in what the rules leave."""
+    model, inputs = tiny()
+    part, seen = model.model.layers[0].mlp, []
+    handle = part.register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
+    with enable(model, policy) as session:
+        with torch.no_grad():
+            wanted = model(**inputs).logits
+            handle.remove()
+            assert torch.equal(part(seen[0][0]), seen[0][1])
+            with session.paused():
+                assert torch.equal(model(**inputs).logits, wanted)
+        assert torch.equal(model(**inputs).logits, wanted)
+        assert torch.equal(model.train()(**inputs).logits, wanted)
+        model.eval()
+        assert "while paused, too" in " ".join(str(session.report()).split())
+    assert not recwarn.list
+    if policy.irreversible:
+        return
+    with enable(model, replace(policy, mass=0.5)), pytest.warns(InertWarning):
+        assert torch.equal(model(**inputs).logits, wanted)
+
+
+@pytest.mark.parametrize("free", list(itertools.product([False, True], repeat=2)))
+def test_a_mixture_is_pruned_once(free):
+    model, inputs = tiny()
+    plain = run(model, inputs)
+    with pytest.raises(PolicyConflictError, match="both replace"):
+        enable(model, [ExpertSkip(prune=0.25, free_memory=f) for f in free])
+    assert active(model) is None and torch.equal(run(model, inputs), plain)
+
+
+def test_experts_that_two_layers_share_are_not_taken_out():
+    model, inputs = tiny()
+    layers = model.model.layers
+    layers[1].mlp.experts = layers[0].mlp.experts
+    plain, before = run(model, inputs), dict(model.named_parameters())
+    with pytest.raises(UnsupportedModelError, match="several layers share"):
+        enable(model, ExpertSkip(prune=0.25, free_memory=True))
+    assert torch.equal(run(model, inputs), plain)
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys() and all(after[n] is before[n] for n in before)
 
 
 def test_a_token_is_always_given_as_many_experts_as_it_asks():
@@ -146,6 +209,36 @@ def test_a_token_is_always_given_as_many_experts_as_it_asks():
             enable(model, ExpertSkip(prune=prune))
     with pytest.raises(SpecError, match="has 2 numbers, this model 4"):
         enable(model, ExpertSkip(prune=(1, 1)))
+
+
+def grouped():
+    """Two of four groups of two experts, and three of these four experts, for each token."""
+    config = copy.deepcopy(tiny("deepseek_v3")[0].config)
+    config.n_routed_experts = config.num_local_experts = 8
+    config.n_group, config.topk_group, config.num_experts_per_tok = 4, 2, 3
+    torch.manual_seed(0)
+    return DeepseekV3ForCausalLM(config).eval()
+
+
+def test_groups_of_experts_keep_enough_whatever_the_prompt():
+    model = grouped()
+    with enable(model, ExpertSkip(prune=0.0)) as session:
+        layers = mixtures(session.sites)
+    every = torch.arange(1, model.config.vocab_size).unsqueeze(1)
+    ran = 0
+    for number in range(6):
+        policy = ExpertSkip(prune=(number,) + (0,) * (len(layers) - 1))
+        kept = survivors(importance(layers[0]), number)
+        least = sorted((kept // 2).bincount(minlength=4).tolist())[:2]
+        if sum(least) >= 3:
+            run(model, {"input_ids": every}, policy)
+            ran += 1
+        else:
+            with pytest.raises(SpecError, match="groups"):
+                enable(model, policy)
+    assert 1 < ran < 5
+    fit = ExpertSkip(prune=0.1, criterion="frequency").fit
+    run(model, {"input_ids": every}, fit(model, every, target=0.13, generations=1, progress=False))
 
 
 def test_the_router_gives_its_logits_for_all():
@@ -327,6 +420,58 @@ def test_fitting_says_what_it_lacks(policy, given_, words):
     model, inputs = tiny()
     with pytest.raises(SpecError, match=words):
         policy.fit(model, [inputs], progress=False, **given_)
+
+
+def test_data_is_one_call_or_several_of_ids_or_keyword_arguments():
+    model, inputs = tiny()
+    ids = inputs["input_ids"]
+    policy = ExpertSkip(mass=0.5)
+
+    def fitted(data):
+        return policy.fit(model, data, target=2.0, progress=False).artifact.tensors
+
+    wanted = fitted([{"input_ids": ids}])
+    for data in (ids, [ids], {"input_ids": ids}, UserDict(input_ids=ids), iter([ids])):
+        got = fitted(data)
+        assert all(torch.equal(got[n], wanted[n]) for n in wanted)
+    fitted(ids[0])
+    for wrong in ("text", ["text"], 3, [ids, None], [[1, 2]]):
+        with pytest.raises(SpecError, match="token ids"):
+            fitted(wrong)
+        with pytest.raises(SpecError, match="token ids"):
+            ExpertSkip(prune=0.25).fit(model, wrong, progress=False)
+    for nothing in ([], ()):
+        with pytest.raises(SpecError, match="at least one item"):
+            fitted(nothing)
+    for target in ("2", True, [2.0]):
+        with pytest.raises(SpecError, match="target="):
+            policy.fit(model, ids, target=target)
+
+
+@pytest.mark.filterwarnings("ignore::accelerate_hooks.session.InertWarning")
+def test_fitting_says_why_it_sees_nothing():
+    model, inputs = tiny()
+    with pytest.raises(SpecError, match="training mode"):
+        ExpertSkip(mass=0.5).fit(model.train(), [inputs], target=2.0, progress=False)
+    for name in ("hidream", "nucleus_moe_image"):
+        model, inputs = tiny(name)
+        with pytest.raises(UnsupportedModelError, match="yourself"):
+            ExpertSkip(mass=0.5).fit(model, [inputs], target=1.5, progress=False)
+
+
+@pytest.mark.parametrize("rule", [{"mass": 0.5}, {"top_k": 1}])
+def test_an_artifact_brings_its_rule(rule, tmp_path):
+    model, inputs = tiny()
+    fitted = ExpertSkip(**rule).fit(model, [inputs], target=2.0, progress=False)
+    path = tmp_path / "rule.safetensors"
+    fitted.artifact.save(path)
+    (read,) = parse(f"expert_skip:artifact='{path}'")
+    assert read.policy == fitted and [a.policy for a in parse(str(fitted))] == [fitted]
+    other = ExpertSkip(floor=0.1, artifact=fitted.artifact)
+    assert other.rules == ["floor"]
+    measured = ExpertSkip(prune=0.25).fit(model, [inputs], progress=False).artifact
+    with pytest.raises(ArtifactError, match="no fitted rule"):
+        ExpertSkip(artifact=measured)
 
 
 @given(st.data())

@@ -320,6 +320,62 @@ def test_expert_and_tensor_parallel(ranks, kind, name, policy, monkeypatch):
             enable(model, policy)
 
 
+class Doubled(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+def adapt(model):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"], r=2,
+        init_lora_weights=False,
+    )  # fmt: skip
+    torch.manual_seed(3)
+    return peft.get_peft_model(model, config).eval()
+
+
+def other_activation(model):
+    for layer in model.model.layers:
+        layer.mlp.experts.act_fn = nn.ReLU()
+    return model
+
+
+def parametrised(model):
+    for layer in model.model.layers:
+        parametrize.register_parametrization(layer.mlp.experts, "gate_up_proj", Doubled())
+    return model
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft reads a deprecated name
+@pytest.mark.parametrize("change", [adapt, other_activation, parametrised])
+def test_what_is_made_of_experts_while_enabled_is_seen(change):
+    policy, inputs = ExpertSkip(mass=0.6), TINY["qwen3_moe"].inputs(2)
+    with torch.no_grad():
+        model = change(TINY["qwen3_moe"].build())
+        with enable(model, policy):
+            wanted = model(**inputs).logits
+        model = TINY["qwen3_moe"].build()
+        session = enable(model, policy)
+        before = model(**inputs).logits
+        got = change(model)(**inputs).logits
+        session.disable()
+    assert torch.allclose(got, wanted, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(got, before, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft reads a deprecated name
+@pytest.mark.parametrize("change", [adapt, parametrised])
+def test_experts_that_somebody_has_wrapped_are_not_taken_out(change):
+    model, inputs = TINY["qwen3_moe"].build(), TINY["qwen3_moe"].inputs(2)
+    model = change(model)
+    with torch.no_grad():
+        plain = model(**inputs).logits
+        with pytest.raises(UnsupportedModelError, match="wrapped the experts"):
+            enable(model, ExpertSkip(prune=0.25, free_memory=True))
+        assert torch.equal(model(**inputs).logits, plain)
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # peft reads a deprecated name
 @each
 def test_an_adapter_on_the_experts(policy):
