@@ -16,9 +16,9 @@ from accelerate_hooks.errors import SpecError, UnsupportedModelError
 from accelerate_hooks.opaque import opaque_functions
 from accelerate_hooks.policies._evolving import acceptance, evolve
 from accelerate_hooks.policies._hull import split
-from accelerate_hooks.policies._means import packed
 from accelerate_hooks.policies._pruning import Layer, mixtures, scores_of, survivors
 from accelerate_hooks.policies._routers import chosen
+from accelerate_hooks.policies._stand_ins import packed
 from accelerate_hooks.policies._watching import Seen, Watch, calls, look, thresholds, watch
 from accelerate_hooks.resume import Resume
 

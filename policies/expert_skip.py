@@ -16,9 +16,9 @@ from accelerate_hooks.kernels import FALLBACKS, skip_experts
 from accelerate_hooks.opaque import opaque_functions, uncompiled
 from accelerate_hooks.policies import _lists, _pruning, _weighing
 from accelerate_hooks.policies._experts import Experts, error_of, look_of, read_experts, slot_flops
-from accelerate_hooks.policies._means import instead, means_of
 from accelerate_hooks.policies._pruning import Criterion
 from accelerate_hooks.policies._routers import Plan, route
+from accelerate_hooks.policies._stand_ins import instead, means_of
 from accelerate_hooks.policies._surgery import refuse_deleted
 from accelerate_hooks.policies._twins import has_own_forward
 from accelerate_hooks.policy import Decides, Policy
