@@ -202,7 +202,6 @@ def draft_wide() -> str:
     if data is None:
         return f"The wide block: {NOT_MEASURED}."
     head = ("tokens", "sparsity", "model", "attention")
-    drifts = ("drift of the draft", "of random blocks", "of an oracle")
     lines = []
     for size in data["wide"]:
         for row in size["rows"]:
@@ -210,10 +209,9 @@ def draft_wide() -> str:
                 f"{size['tokens']:,}", f"{row['sparsity']:g}", f"{row['speedup']:.2f}x",
                 f"{row['attention_speedup']:.2f}x",
                 f"{row['draft_select_reorder_of_dense'] * 100:.1f} %",
-                *(f"{row['quality'][name]['drift']:.4f}" for name in ("draft", "random", "oracle")),
             )  # fmt: skip
             lines.append(cells)
-    return table((*head, "draft, selection, reorder of dense attention", *drifts), lines)
+    return table((*head, "draft, selection, reorder of dense attention"), lines)
 
 
 def expert_layer() -> str:
