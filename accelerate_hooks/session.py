@@ -106,10 +106,12 @@ class Session:
             return []
         self._active = False
         self.reset()
-        for root in self._roots.values():
-            for seam in root.seams:
-                seam.active = False
-        left = self.ledger.undo()
+        try:
+            left = self.ledger.undo()  # which knows its seams by what they say, `active` too
+        finally:
+            for root in self._roots.values():
+                for seam in root.seams:
+                    seam.active = False
         if left:
             warnings.warn(
                 f"{', '.join(left)}: wrapped by somebody else since enable; our part is inert and "
