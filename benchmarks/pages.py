@@ -118,17 +118,26 @@ def overhead() -> str:
     if data is None:
         return NOT_MEASURED + "."
     rows, plain = data["forward"]["rows"], data["forward"]["plain_ms"]
-    parts = [
-        f"{name} {(row['ratio'] - 1) * 100:+.1f} % (fastest to fastest "
-        f"{(row['floor_ratio'] - 1) * 100:+.1f} %)"
-        for name, row in rows.items()
-    ]
-    visits = max(row["visits"] or 0 for row in rows.values())
+    parts = []
+    for name, row in rows.items():
+        part = f"{name} {(row['ratio'] - 1) * 100:+.1f} %"
+        inside = data["in_place"].get(name)
+        if inside is not None:
+            part += (
+                f" (by the clocks {inside['share'] * 100:.1f} %: {inside['forward_us']:.0f} µs in "
+                f"{inside['visits']} visit{'s' if inside['visits'] > 1 else ''}, "
+                f"{inside['visit_us']:.0f} µs each)"
+            )
+        parts.append(part)
+    parts += [f"{name}: failed ({why})" for name, why in data["forward"]["failed"].items()]
     return (
         f"an inert seam {data['inert_seam_us']:.2f} µs, a visit of a block that does nothing "
-        f"{data['visit_us']:.1f} µs (caches warm). On a forward of a DiT 12x384, 256 tokens, two "
-        f"threads ({plain:.0f} ms, {visits} visits), where they are cold, medians of "
-        f"{data['forward']['rounds']} pairs: {'; '.join(parts)}."
+        f"{data['visit_us']:.1f} µs (caches warm). A forward of a DiT 12x384, 256 tokens, two "
+        f"threads, takes {plain:.0f} ms; between two visits our code leaves the processor's "
+        "caches. Policies that skip nothing cost of it, by medians of "
+        f"{data['forward']['rounds']} interleaved pairs and, since these differ by about a percent "
+        "from run to run, by clocks on both sides of each seam (the model's own visit, which "
+        f"recognises the run, included): {'; '.join(parts)}."
     )
 
 
