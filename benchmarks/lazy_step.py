@@ -129,8 +129,8 @@ def run_score(lab: Lab, wanted: Sequence[Contestant]) -> None:
 
 
 def run_time(lab: Lab, wanted: Sequence[Contestant]) -> None:
-    """Of each contestant the scored settings nearest the targets, on the curve that it is for: a
-    better solver aims at the converged run."""
+    """Of each contestant the scored settings nearest the targets and the first beyond them, on the
+    curve that it is for: a better solver aims at the converged run."""
     full = lab.measure(lab.full, {}, lab.protocol.score)["flops"]
     for contestant in (bar := tqdm(wanted, desc="time")):
         bar.set_postfix_str(contestant.name)
@@ -138,9 +138,12 @@ def run_time(lab: Lab, wanted: Sequence[Contestant]) -> None:
         flops = [lab.measure(contestant, s, lab.protocol.score)["flops"] for s in settings]
         places = {
             min(range(len(settings)), key=lambda i: abs(math.log(full / flops[i] / target)))
-            for target in (*report.TARGETS, report.REACH)
+            for target in report.TARGETS
             if settings
         }
+        # beyond the last target in FLOPs, so that there is one beyond it in time as well
+        beyond = [i for i in range(len(settings)) if full / flops[i] >= report.REACH]
+        places |= {min(beyond, key=lambda i: full / flops[i])} if beyond else set()
         lab.clock(contestant, [settings[place] for place in sorted(places)])
 
 
