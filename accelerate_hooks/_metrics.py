@@ -106,9 +106,11 @@ def interval(values: Sequence[float], seed: int, *, middle: bool = False) -> tup
     if not all(map(math.isfinite, values)):
         known = sorted(values)
         return known[0], known[-1]
-    table = torch.tensor(values, dtype=torch.float64)[_draws(len(values), seed)]
+    table = torch.tensor(values, dtype=torch.float64, device="cpu")[_draws(len(values), seed)]
     found = table.quantile(0.5, 1) if middle else table.mean(1)
-    low, high = found.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    low, high = found.quantile(
+        torch.tensor([0.025, 0.975], dtype=torch.float64, device="cpu")
+    ).tolist()
     return low, high
 
 
@@ -120,7 +122,7 @@ def difference(a: Sequence[float], b: Sequence[float], seed: int) -> tuple[float
 
 def _draws(count: int, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(count, (_RESAMPLES, count), generator=generator)
+    return torch.randint(count, (_RESAMPLES, count), generator=generator, device="cpu")
 
 
 def spread(times: list[list[float]]) -> float:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Generator, Hashable, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
+from torch import nn
 
 from accelerate_hooks import flow, shorter, stand_in, tokens, tree
 from accelerate_hooks import rows as _rows
@@ -102,6 +103,14 @@ class Call:
             generators[self._policy_index] = torch.Generator().manual_seed(self._policy_index)
         return generators[self._policy_index]
 
+    def around(self) -> Iterator[tuple[nn.Module, str]]:
+        """The modules around the site's, innermost first, each with the name of the child in which
+        it is."""
+        path = self.site.path
+        while path:
+            path, _, name = path.rpartition(".")
+            yield self._frame.root.get_submodule(path), name
+
     @property
     def blocks(self) -> int:
         """How many blocks a forward of this model visits, as far as is known."""
@@ -109,12 +118,13 @@ class Call:
 
     @property
     def depth(self) -> int:
-        """How many sites of this kind at which this policy acts the model has before this one."""
+        """How many sites of this kind at which this policy can act the model has before this one,
+        whether or not ``only=`` leaves them out."""
         session, index = self._frame.session, self._policy_index
         facts = session.record(self.site).facts
         if ("depth", index) not in facts:
             kin = [s for s in session.root(self._frame.root).sites if s.kind == self.site.kind]
-            mine = [s for s in kin if any(i == index for i, _ in session.policies_at(s))]
+            mine = [s for s in kin if self._policies[0][1].acts(s)]
             facts["depth", index] = mine.index(self.site)
         return facts["depth", index]
 
@@ -260,8 +270,8 @@ class Call:
         args, kwargs = self._args, self._kwargs
         if x is not None or routing is not None:
             args, kwargs = self._with(x, None, routing)
-        with self.beside():
-            return self._frame.plain(self._seam, args, kwargs)
+        with self.beside(asked=False):
+            return self._seam.original(*args, **kwargs)
 
     def attention(self, fn: Callable[[Attention], torch.Tensor]) -> Any:
         """Do the site's work with ``fn`` in the place of its scaled dot-product attention. Raises
@@ -329,9 +339,10 @@ class Call:
         self._count_read()
         return values.detach().tolist()
 
-    def given(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments as the site was called, to call it again."""
-        return self._args, dict(self._kwargs)
+    def given(self, x: torch.Tensor | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments as the site was called, to call it again, with another ``x`` if given."""
+        args, kwargs = (self._args, self._kwargs) if x is None else self._with(x, None, None)
+        return args, dict(kwargs)
 
     def note(self, reason: str, **numbers: float) -> None:
         """Say why, for the trace and the report."""
@@ -348,16 +359,10 @@ class Call:
         audit = self._frame.session.audit
         return audit is not None and audit.due(self._frame.session.record(self.site).partly + 1)
 
-    @contextmanager
-    def beside(self) -> Generator[None]:
-        """Inside, work that is no part of the visit: its FLOPs are not counted."""
-        flops = self._frame.flops
-        before = 0 if flops is None else flops.total
-        try:
-            yield
-        finally:
-            if flops is not None:
-                flops.total = before
+    def beside(self, asked: bool = True) -> AbstractContextManager[None]:
+        """Inside, work that is no part of the visit: its FLOPs are not counted, and unless policies
+        are ``asked`` no other visit is."""
+        return self._frame.beside(asked)
 
     def error(self, out: torch.Tensor, true: torch.Tensor) -> None:
         """Of an audited visit: the relative error of ``out`` (read when the report is made)."""

@@ -6,6 +6,8 @@ import contextvars
 import inspect
 import time
 import weakref
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -229,6 +231,19 @@ class Frame:
             return seam.original(*args, **kwargs)
         finally:
             PLAIN_INSIDE.reset(token)
+
+    @contextmanager
+    def beside(self, asked: bool) -> Generator[None]:
+        """Inside, FLOPs are not counted; unless ``asked``, no policy is."""
+        before = 0 if self.flops is None else self.flops.total
+        token = None if asked else PLAIN_INSIDE.set(self)
+        try:
+            yield
+        finally:
+            if token is not None:
+                PLAIN_INSIDE.reset(token)
+            if self.flops is not None:
+                self.flops.total = before
 
     def compute(
         self, call: Call, args: Any, kwargs: Any, work: Any = None, spared: Any = ()

@@ -89,7 +89,7 @@ def _sample(model: nn.Module) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, p in [*model.named_parameters(), *model.named_buffers()]:
         flat = p.detach().reshape(-1)
-        at = torch.linspace(0, max(len(flat) - 1, 0), min(_SAMPLES, len(flat))).long()
+        at = torch.linspace(0, max(len(flat) - 1, 0), min(_SAMPLES, len(flat)), device="cpu").long()
         values = flat[at.to(flat.device)] if flat.device.type != "meta" else flat.new_zeros(0)
         found[name] = [str(p.dtype), tuple(p.shape), values.cpu().double()]
     return found

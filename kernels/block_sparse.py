@@ -225,9 +225,11 @@ def compiled(
     rows, columns = math.ceil(n / block_q), math.ceil(m / block_k)
     width = math.ceil(d / 16) * 16
     # float32 by name: the default dtype is the user's
-    out = torch.empty(batch, heads, rows * block_q, width, dtype=torch.float32)
-    lse = torch.empty(batch, heads, rows * block_q if with_lse else 0, dtype=torch.float32)
-    head = torch.arange(batch * heads)
+    out = torch.empty(batch, heads, rows * block_q, width, dtype=torch.float32, device="cpu")
+    lse = torch.empty(
+        batch, heads, rows * block_q if with_lse else 0, dtype=torch.float32, device="cpu"
+    )
+    head = torch.arange(batch * heads, device="cpu")
     kv_head = head // heads * kv_heads + head % heads // (heads // kv_heads)
     given = {
         "q": _padded(q.float() * (scale * _LOG2E), block_q, rows, width),
@@ -240,7 +242,7 @@ def compiled(
         "kv_head": kv_head.int(),
     }
     if key_mask is not None:
-        bias = torch.zeros(batch, columns * block_k, dtype=torch.float32)
+        bias = torch.zeros(batch, columns * block_k, dtype=torch.float32, device="cpu")
         bias[:, :m].masked_fill_(~key_mask, -math.inf)
         given["bias"] = bias
     pointers = {name: t.data_ptr() for name, t in given.items()}
@@ -301,10 +303,10 @@ def gathered(
     )  # fmt: skip
     out_blocks = out.view(-1, block_q, d)
     kv_heads = k.shape[1]
-    head = torch.arange(batch * heads).repeat_interleave(rows)
+    head = torch.arange(batch * heads, device="cpu").repeat_interleave(rows)
     base = (head // heads * kv_heads + head % heads // (heads // kv_heads)) * columns
-    row = torch.arange(rows).repeat(batch * heads)
-    seen = torch.arange(columns * block_k).expand(batch, -1) < m
+    row = torch.arange(rows, device="cpu").repeat(batch * heads)
+    seen = torch.arange(columns * block_k, device="cpu").expand(batch, -1) < m
     if key_mask is not None:
         seen = seen & torch.nn.functional.pad(key_mask, (0, columns * block_k - m))
     whole = bool(seen.all())
@@ -331,10 +333,14 @@ def gathered(
             torch.baddbmm(scores, queries, keys, beta=0, alpha=scale, out=scores)
             hidden = None
             if is_causal or not whole:
-                j = (chosen.unsqueeze(-1) * block_k + torch.arange(block_k)).flatten(1)
+                j = (chosen.unsqueeze(-1) * block_k + torch.arange(block_k, device="cpu")).flatten(
+                    1
+                )
                 hidden = ~seen[head[part] // heads].gather(1, j).unsqueeze(1)
                 if is_causal:
-                    i = row[part].view(-1, 1, 1) * block_q + torch.arange(block_q).view(1, -1, 1)
+                    i = row[part].view(-1, 1, 1) * block_q + torch.arange(
+                        block_q, device="cpu"
+                    ).view(1, -1, 1)
                     hidden = hidden | (j.unsqueeze(1) > i)
                 scores.masked_fill_(hidden, -math.inf)
             if with_lse:
@@ -419,7 +425,7 @@ def check_key_mask(key_mask: Tensor, k: Tensor) -> None:
 def _check_indices(counts: Tensor, indices: Tensor) -> None:
     """Memory is read by them. On an accelerator, where this would wait for it, they are trusted."""
     columns = indices.shape[-1]
-    chosen = torch.arange(columns) < counts.unsqueeze(-1)
+    chosen = torch.arange(columns, device="cpu") < counts.unsqueeze(-1)
     wrong = chosen & ((indices < 0) | (indices >= columns))
     require(
         bool(((counts >= 0) & (counts <= columns)).all()) and not bool(wrong.any()),

@@ -179,7 +179,7 @@ def streamed(
     inner = down.shape[1 if transposed else 2]
     hidden, indices = hidden.contiguous(), indices.long().contiguous()
     weights = weights.to(torch.float32).contiguous()
-    scratch = torch.empty(2 * (experts + 1) + 2 * tokens * k, dtype=torch.int32)
+    scratch = torch.empty(2 * (experts + 1) + 2 * tokens * k, dtype=torch.int32, device="cpu")
     expert, start, token, weight = (scratch.data_ptr() + 4 * at for at in (
         0, experts, 2 * experts + 1, 2 * experts + 1 + tokens * k))  # fmt: skip
     problem = _Problem(

@@ -59,10 +59,10 @@ class Selection:
         seen = _fits(visible, (rows, columns), True, "visible")
         down = _fits(dense_rows, (rows,), False, "dense_rows").unsqueeze(1)
         whole = seen & (down | _fits(dense_columns, (columns,), False, "dense_columns"))
-        first = torch.arange(columns).expand(rows, columns) < sinks
+        first = torch.arange(columns, device="cpu").expand(rows, columns) < sinks
         if diagonal:
-            at = torch.arange(rows) * columns // max(rows, 1)
-            first = first | (at.unsqueeze(1) == torch.arange(columns))
+            at = torch.arange(rows, device="cpu") * columns // max(rows, 1)
+            first = first | (at.unsqueeze(1) == torch.arange(columns, device="cpu"))
         free = seen & ~whole
         return cls(rule, free, first & free, whole)
 
@@ -258,7 +258,7 @@ def _check_share(share: float | Tensor, lead: tuple[int, ...]) -> None:
 
 def _fits(given: Tensor | None, shape: tuple[int, ...], default: bool, name: str) -> Tensor:
     if given is None:
-        return torch.full(shape, default)
+        return torch.full(shape, default, device="cpu")
     require(
         isinstance(given, Tensor)
         and given.dtype == torch.bool

@@ -101,7 +101,7 @@ def tile_order(grid: tuple[int, ...], tile: tuple[int, ...]) -> Tensor | None:
     lines = all(1 in pair for pair in zip(tile[:last], grid[:last], strict=True))
     if lines and (math.prod(grid[:last]) == 1 or math.prod(grid[last:]) % math.prod(tile) == 0):
         return None
-    walks = [torch.arange(math.prod(grid)).view(grid)]
+    walks = [torch.arange(math.prod(grid), device="cpu").view(grid)]
     for axis, thick in enumerate(tile[:-1]):
         bands = max(1, math.ceil(grid[axis] / thick))
         walks = [
@@ -120,10 +120,10 @@ def window_blocks(grid: tuple[int, ...], tile: tuple[int, ...], window: tuple[in
     """Which blocks of ``prod(tile)`` tokens in `tile_order` see which ``[R, R]``: those whose
     bounding boxes come within ``window`` along every axis."""
     order, block = tile_order(grid, tile), math.prod(tile)
-    places = torch.arange(math.prod(grid)) if order is None else order
+    places = torch.arange(math.prod(grid), device="cpu") if order is None else order
     rows = math.ceil(len(places) / block)
     places = torch.cat((places, places[-1:].expand(rows * block - len(places)))).view(rows, block)
-    near = torch.ones(rows, rows, dtype=torch.bool)
+    near = torch.ones(rows, rows, dtype=torch.bool, device="cpu")
     for at, reach in zip(torch.unravel_index(places, grid), window, strict=True):
         low, high = at.aminmax(dim=1)
         gap = low.unsqueeze(1) - high

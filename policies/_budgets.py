@@ -134,7 +134,8 @@ def allocate(curves: dict[str, Curve], target: float) -> tuple[dict[str, Tensor]
     """
     pieces: list[tuple[float, float, str, int, int]] = []
     shares = {
-        name: torch.full(curve.kept.shape[:1], GRID[0]).double() for name, curve in curves.items()
+        name: torch.full(curve.kept.shape[:1], GRID[0], device="cpu").double()
+        for name, curve in curves.items()
     }
     spent, heads = 0.0, 0
     for name, curve in curves.items():
@@ -160,7 +161,7 @@ def allocate(curves: dict[str, Curve], target: float) -> tuple[dict[str, Tensor]
 
 def _at(curve: Curve, shares: Tensor) -> float:
     """The mass that all heads together keep at ``shares``, by linear interpolation."""
-    grid = torch.tensor(GRID, dtype=torch.float64)
+    grid = torch.tensor(GRID, dtype=torch.float64, device="cpu")
     kept = curve.kept.double() / curve.visits
     place = torch.searchsorted(grid, shares.double().contiguous()).clamp(1, len(GRID) - 1)
     part = (shares.double() - grid[place - 1]) / (grid[place] - grid[place - 1])

@@ -153,7 +153,7 @@ def acceptance(
 def _tokens(item: Any, logits: Tensor) -> Tensor:
     mask = item.get("attention_mask") if isinstance(item, dict) else None
     if not isinstance(mask, Tensor) or mask.shape != logits.shape[:2]:
-        return torch.ones(logits.shape[:2])
+        return torch.ones(logits.shape[:2], device="cpu")
     return mask.cpu().float()
 
 

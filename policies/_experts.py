@@ -98,8 +98,8 @@ def _activation(module: nn.Module, features: int, gated: bool) -> Act | None:
     """The activation of the kernel that gives what the module's own gives, far out too: some are
     clamped there."""
     own = getattr(module, "_apply_gate", None) if gated else getattr(module, "act_fn", None)
-    scale = torch.logspace(-1.0, 3.0, 32).unsqueeze(1)
-    x = scale * torch.randn(32, features, generator=torch.Generator().manual_seed(0))
+    scale = torch.logspace(-1.0, 3.0, 32, device="cpu").unsqueeze(1)
+    x = scale * torch.randn(32, features, generator=torch.Generator().manual_seed(0), device="cpu")
     try:
         if own is None:
             gate, linear = x.chunk(2, dim=-1)
@@ -125,7 +125,7 @@ def error_of(
     """How far the kernel is from what the module gave for the same routing, as a share of what
     rounding explains: at most 1 where the module was read rightly."""
     if not isinstance(true, Tensor) or true.shape != hidden.shape:
-        return torch.full((), torch.inf)
+        return torch.full((), torch.inf, device="cpu")
     got = skip_experts(hidden, indices, weights, **experts.arguments)
     error = (got.float() - true.float()).norm() / true.float().norm().clamp(min=1e-30)
     return error / _CLOSE.get(hidden.dtype, 1e-6)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,15 +13,18 @@ from torch import Tensor, nn
 from accelerate_hooks.artifact import Artifact
 from accelerate_hooks.enable import enable
 from accelerate_hooks.errors import SpecError, UnsupportedModelError
+from accelerate_hooks.frame import Root
 from accelerate_hooks.opaque import opaque_functions
 from accelerate_hooks.policies._evolving import acceptance, evolve
 from accelerate_hooks.policies._hull import split
 from accelerate_hooks.policies._pruning import Layer, mixtures, scores_of, survivors
 from accelerate_hooks.policies._routers import chosen
 from accelerate_hooks.policies._stand_ins import packed
+from accelerate_hooks.policies._sums import same
 from accelerate_hooks.policies._watching import Seen, Watch, calls, look, thresholds, watch
 from accelerate_hooks.resume import Resume
 
+T = TypeVar("T")
 _NOISE = 256  # tokens of noise a layer for LExI
 
 
@@ -48,9 +51,8 @@ def fit_rule(policy: Any, model: nn.Module, data: Any, target: float | None, pro
     else:
         data = calls(data)
         seen = watch(policy, model, data, rule, progress)
-    names, curves = list(seen), []
-    for name in names:
-        s = seen[name]
+    curves = []
+    for s in seen.values():
         cost, error = (v[rule].tolist() for v in (s.kept, s.error))
         curves.append(([c / s.tokens for c in cost], [-e / s.tokens for e in error]))
     k = curves[0][0][-1]
@@ -61,16 +63,24 @@ def fit_rule(policy: Any, model: nn.Module, data: Any, target: float | None, pro
         )
     costs = [cost for cost, _ in curves]
     values = thresholds(rule, round(k))
-    means = [sum(c) / len(costs) for c in zip(*costs, strict=True)]
+    mean = [sum(c) / len(costs) for c in zip(*costs, strict=True)]
     ways = {
         "split": split(curves, target * len(curves)),
         "even": [_last(cost, target) for cost in costs],
-        "same": [_last(means, target)] * len(costs),
+        "same": [_last(mean, target)] * len(costs),
     }
-    tried = {way: tuple(values[p] for p in places) for way, places in ways.items()}
+    root = _root_of(model)
+    names = [site.name for site in root.sites if site.kind == "experts"]
+
+    def spread(some: Sequence[T], rest: T) -> tuple[T, ...]:
+        """One for each mixture; those that no data reached are left alone."""
+        known = dict(zip(seen, some, strict=True))
+        return tuple(known.get(name, rest) for name in names)
+
+    tried = {w: spread([values[p] for p in ways[w]], values[-1]) for w in ways}
     accepted: dict[str, float] = {}
-    made_for = {"policy": policy.name, "model": _model_of(model), "layers": names}
-    means = packed([s.means() for s in seen.values()]) if data is not None else {}
+    made_for = {"policy": policy.name, "model": root.model, "layers": names}
+    means = packed({names.index(name): s.means() for name, s in seen.items() if data is not None})
     if data is not None:
         fitness = None
         base = replace(policy, artifact=Artifact.create(means, **made_for))
@@ -79,11 +89,14 @@ def fit_rule(policy: Any, model: nn.Module, data: Any, target: float | None, pro
         if fitness is not None:
             accepted = {way: fitness(numbers) for way, numbers in tried.items()}
     best = max(accepted, key=lambda way: accepted[way]) if accepted else "split"
-    kept = [cost[p] for cost, p in zip(costs, ways[best], strict=True)]
+    kept = spread([cost[p] for cost, p in zip(costs, ways[best], strict=True)], k)
     artifact = Artifact.create(
-        {"kept": torch.tensor(kept), "thresholds": torch.tensor(tried[best], dtype=torch.float64)}
-        | means,
-        **made_for, rule=rule, target=target, tokens=seen[names[0]].tokens, way=best, esap=accepted,
+        means | {
+            "kept": torch.tensor(kept, device="cpu"),
+            "thresholds": torch.tensor(tried[best], dtype=torch.float64, device="cpu"),
+        },
+        **made_for, rule=rule, target=target, way=best, esap=accepted,
+        tokens=next(iter(seen.values())).tokens,
     )  # fmt: skip
     return replace(policy, **{rule: tried[best]}, artifact=artifact)
 
@@ -99,7 +112,7 @@ def _on_noise(policy: Any, model: nn.Module, rule: str) -> dict[str, Seen]:
     for layer in _layers(policy, model):
         generator = torch.Generator().manual_seed(0)
         weight = next(layer.router.module.parameters())
-        x = torch.randn(_NOISE, weight.shape[-1], generator=generator).to(weight)
+        x = torch.randn(_NOISE, weight.shape[-1], generator=generator, device="cpu").to(weight)
         with torch.no_grad():
             routing = chosen(layer.router.module(x))
             if routing is None:
@@ -114,8 +127,9 @@ def _on_noise(policy: Any, model: nn.Module, rule: str) -> dict[str, Seen]:
                 for s in range(indices.shape[1])
             ]
         seen[layer.experts.name] = look(
-            policy, rule, torch.stack(ys, 1), indices, weights, layer.count
-        )
+            policy, rule, torch.stack(ys, 1), indices, weights, layer.count,
+            normalised=bool(same(weights.sum(-1))),
+        )  # fmt: skip
     return seen
 
 
@@ -131,7 +145,7 @@ def fit_pruning(
         for i, s in enumerate(seen.values())
         for name, values in s.scores().items()
     }
-    made_for = {"policy": policy.name, "model": _model_of(model), "layers": list(seen)}
+    made_for = {"policy": policy.name, "model": _root_of(model).model, "layers": list(seen)}
     fitted = replace(policy, artifact=Artifact.create(tensors, **made_for))
     if target is None:
         return fitted
@@ -141,14 +155,14 @@ def fit_pruning(
     most = [layer.count - (layer.top_k or 1) for layer in layers]
     total = int(target * sum(layer.count for layer in layers) + 1e-9)
     masked = replace(fitted, merge=False, free_memory=False, irreversible=False)
-    scores = [scores_of(fitted, layer, i) for i, layer in enumerate(layers)]
+    scores = [scores_of(fitted, layer) for layer in layers]
     accepted = acceptance(model, lambda plan: replace(masked, prune=plan), items)
 
     def fitness(plan: Sequence[int]) -> float:
         parts = zip(layers, scores, plan, strict=True)
         return accepted(plan) if all(x.serves(survivors(s, n)) for x, s, n in parts) else 0.0
 
-    kept = Resume(resume, model=_model_of(model), data=items, policy=policy, total=total)
+    kept = Resume(resume, model=_root_of(model).model, data=items, policy=policy, total=total)
     plan, tried = evolve(
         fitness, most, total, generations=generations, resume=kept, progress=progress
     )  # fmt: skip
@@ -163,9 +177,10 @@ def _layers(policy: Any, model: nn.Module) -> list[Layer]:
         return mixtures(session.sites)
 
 
-def _model_of(target: Any) -> nn.Module:
+def _root_of(target: Any) -> Root:
+    """The first model of the target that has experts."""
     with enable(target, Watch()) as session:
-        return session.roots[0].model
+        return next(r for r in session.roots if any(s.kind == "experts" for s in r.sites))
 
 
 opaque_functions(globals())

@@ -107,7 +107,7 @@ class _Mixer(Policy):
             self.kept.setdefault((self.now["step"], self.now["branch"]), {})[name] = values
             return out
         self.features[name] = call.x.detach().float().flatten(1, -2).sum(1)
-        share = self.shares[name] = torch.ones(len(call.x), requires_grad=True)
+        share = self.shares[name] = torch.ones(len(call.x), requires_grad=True, device="cpu")
         old = self.predicted(name)
         mixed = [_blend(share.to(v.device), v, o) for v, o in zip(values, old, strict=True)]
         return call.replaced(out, *mixed)
@@ -236,7 +236,9 @@ def _nearness(full: Iterable[torch.Tensor], runs: Iterable[torch.Tensor]) -> flo
 def _weights(seen: _Seen, mask: torch.Tensor, window: range) -> dict[str, torch.Tensor]:
     weights = {}
     for i, site in enumerate(seen.sites):
-        weights[site] = torch.zeros(len(mask), seen.features[window.start, site].shape[1])
+        weights[site] = torch.zeros(
+            len(mask), seen.features[window.start, site].shape[1], device="cpu"
+        )
         for step in window:  # a gate of zeros runs
             weights[site][step] = _weight(seen.features[step, site], bool(mask[step, i]))
     return weights
@@ -273,8 +275,8 @@ def _sweep(
     copies = 2 if half and len(x) % 2 == 0 and torch.equal(x[:half], x[half:]) else 1
     rows = len(x) // copies
     shape = (probes, rows, *x.shape[1:])
-    carried = torch.randn(shape, generator=generator).to(x)
-    effects = torch.zeros(0)
+    carried = torch.randn(shape, generator=generator, device="cpu").to(x)
+    effects = torch.zeros(0, device="cpu")
 
     def forward(step: int, branch: str, mode: str) -> torch.Tensor:
         mixer.now.update(mode=mode, step=step, branch=branch)
@@ -298,7 +300,7 @@ def _sweep(
             out = forward(step, branch, "mix")
             if not effects.numel():
                 seen.sites = list(mixer.shares)
-                effects = torch.zeros(probes, rows, steps, len(seen.sites))
+                effects = torch.zeros(probes, rows, steps, len(seen.sites), device="cpu")
             for k in range(probes):
                 cotangent = torch.cat([beta * carried[k] for beta in betas[b * copies :][:copies]])
                 slopes = torch.autograd.grad(
@@ -342,8 +344,8 @@ def _weight(features: torch.Tensor, reused: bool) -> torch.Tensor:
     """``w`` with ``Z . w`` near 1 where the site is to be run, near -1 where it is to be reused."""
     rows = features.double()
     square = rows @ rows.T
-    ridge = 1e-3 * square.diag().mean() * torch.eye(len(rows), dtype=torch.float64)
-    wanted = torch.full((len(rows),), -1.0 if reused else 1.0, dtype=torch.float64)
+    ridge = 1e-3 * square.diag().mean() * torch.eye(len(rows), dtype=torch.float64, device="cpu")
+    wanted = torch.full((len(rows),), -1.0 if reused else 1.0, dtype=torch.float64, device="cpu")
     return (rows.T @ torch.linalg.solve(square + ridge, wanted)).float()
 
 

@@ -20,23 +20,25 @@ from torch import Tensor, nn
 from accelerate_hooks.call import Call
 from accelerate_hooks.opaque import opaque_functions
 from accelerate_hooks.policies._experts import slot_flops
-from accelerate_hooks.policies._twins import Nothing, StandIn, keys, router_of, twin
+from accelerate_hooks.policies._twins import Bare, Nothing, StandIn, keys, router_of, twin
 
 Decide = Callable[[Tensor, Tensor], tuple[Tensor, Tensor] | None]
 """From indices and weights ``[T, k]``: which slots are kept, and all slots' new weights; None where
 all are kept."""
 
 
-def tells(call: Call) -> bool:
-    """Whether the router gives indices and weights, in a visit in which no expert runs."""
+def asked(call: Call, x: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
+    """The indices and weights ``[..., k]`` that the router gives, for another ``x`` if there is
+    one, in a visit in which no expert runs; None where it gives something else."""
     module: Any = call.site.module
     name = router_of(module)
     watched = _Watched(getattr(module, name))
     silent = [Nothing(expert) for expert in module.experts]
-    args, kwargs = call.given()
+    args, kwargs = call.given(x)
     with call.beside():
         twin(module, experts=silent, **{name: watched}).forward(*args, **kwargs)
-    return _places(watched.seen) is not None
+    found = _places(watched.seen)
+    return None if found is None else (watched.seen[found[0]], watched.seen[found[1]])
 
 
 def run(call: Call, decide: Decide) -> Any:
@@ -78,7 +80,9 @@ class _Plan:
             return out
         kept, new = decided
         codes = torch.where(kept, indices, -1 - indices)
-        self.indices = torch.tensor(self.call.read_rows(codes.flatten())).view(codes.shape)
+        self.indices = torch.tensor(self.call.read_rows(codes.flatten()), device="cpu").view(
+            codes.shape
+        )
         self.x = x.flatten(0, -2)
         values[found[1]] = new.to(weights.dtype).view(values[found[1]].shape)
         return type(out)(values)
@@ -120,11 +124,11 @@ def _places(values: Any) -> tuple[int, int] | None:
     return None
 
 
-class _Watched(StandIn):
+class _Watched(Bare):
     seen: Any = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.seen = self._module(*args, **kwargs)
+        self.seen = super().__call__(*args, **kwargs)
         return self.seen
 
 

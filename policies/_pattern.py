@@ -31,7 +31,7 @@ def allocate(
     one that differs from others of its step costs ``regular`` times what the whole
     steps did."""
     steps, sites = effects.shape[1:]
-    mask = torch.zeros(steps, 1, dtype=torch.bool)
+    mask = torch.zeros(steps, 1, dtype=torch.bool, device="cpu")
     mask[regular_pattern(window, math.ceil(target * steps), max_age)] = True
     tries = 40 * steps * sites if tries is None else tries
     chance = random.Random(seed)
@@ -44,7 +44,9 @@ def allocate(
     for place in chance.sample(flat.nonzero().flatten().tolist(), max(0, int(flat.sum()) - most)):
         flat[place] = False
     gram = _gram(effects)
-    differ = sites * torch.eye(sites, dtype=torch.float64) - 1  # z' differ z = on * (sites - on)
+    differ = (
+        sites * torch.eye(sites, dtype=torch.float64, device="cpu") - 1
+    )  # z' differ z = on * (sites - on)
     gram += price * torch.block_diag(*[differ] * steps)
     return _anneal(mask, gram, window, max_age, chance, tries)
 
@@ -114,8 +116,8 @@ def _anneal(
     for number, change in enumerate(proposals()):
         if number >= tries:
             break
-        places = torch.tensor([p for p, _ in change])
-        signs = torch.tensor([float(s) for _, s in change], dtype=torch.float64)
+        places = torch.tensor([p for p, _ in change], device="cpu")
+        signs = torch.tensor([float(s) for _, s in change], dtype=torch.float64, device="cpu")
         rise = float(2 * signs @ pull[places] + signs @ gram[places][:, places] @ signs)
         warm = heat * (1 - number / tries) ** 2
         if rise > 0 and (warm <= 0 or chance.random() >= math.exp(-rise / warm)):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from accelerate_hooks.artifact import Artifact
 from accelerate_hooks.errors import ArtifactError, SpecError, UnsupportedModelError
 from accelerate_hooks.opaque import opaque_functions
 from accelerate_hooks.policies._routers import Plan, Renumbered
@@ -96,9 +97,9 @@ def aimer(matrices: list[Tensor]) -> Tensor:
     float64: large where all weigh alike, small where few weigh most. The larger, the less an expert
     is missed (AIMER, arXiv 2603.18492)."""
     count = sum(m.numel() for m in matrices)
-    absolute = sum(m.float().abs().sum(dtype=torch.float64) for m in matrices)
-    square = sum(m.float().square().sum(dtype=torch.float64) for m in matrices)
-    norm = torch.as_tensor(square / count).sqrt()
+    absolute = torch.stack([m.float().abs().sum(dtype=torch.float64) for m in matrices]).sum()
+    square = torch.stack([m.float().square().sum(dtype=torch.float64) for m in matrices]).sum()
+    norm = (square / count).sqrt()
     return torch.where(norm > 0, absolute / count / norm, torch.zeros_like(norm))
 
 
@@ -116,17 +117,20 @@ def _flat(module: nn.Module) -> Iterator[Tensor]:
     return (m for matrices in per_expert(module) for m in matrices)
 
 
-def removals(prune: float | tuple[int, ...], layers: list[Layer]) -> list[int]:
-    """How many experts go in each layer: a share of each, rounded down, or a number a layer. Raises
-    SpecError if a layer would keep fewer than a token asks."""
-    if isinstance(prune, tuple) and len(prune) != len(layers):
+def removals(
+    prune: float | tuple[int, ...], layers: list[Layer], places: list[int], mixtures: int
+) -> list[int]:
+    """How many experts go in each layer: a share of each, rounded down, or a number for each of
+    ``mixtures``, of which the layers are those at ``places``. Raises SpecError if a layer would
+    keep fewer than a token asks."""
+    if isinstance(prune, tuple) and len(prune) != mixtures:
         raise SpecError(
-            f"expert_skip: prune has {len(prune)} numbers, this model {len(layers)} mixtures; give "
+            f"expert_skip: prune has {len(prune)} numbers, this model {mixtures} mixtures; give "
             "one a mixture, or one share for all"
         )
     counts = [
         prune[i] if isinstance(prune, tuple) else int(prune * layer.count + 1e-9)
-        for i, layer in enumerate(layers)
+        for i, layer in zip(places, layers, strict=True)
     ]
     for layer, count in zip(layers, counts, strict=True):
         least = layer.top_k or 1
@@ -156,7 +160,7 @@ def nearest(layer: Layer, kept: Tensor, scores: Tensor, weight: Tensor) -> Tenso
     order = scores[kept].argsort(stable=True)
     worse = kept[order[: max(1, len(kept) // 2)]]
     place = {int(e): i for i, e in enumerate(kept.tolist())}
-    matrix = torch.zeros(len(kept), layer.count, dtype=torch.float64)
+    matrix = torch.zeros(len(kept), layer.count, dtype=torch.float64, device="cpu")
     for e in range(layer.count):
         into = e if e in place else int(worse[(vectors[worse] @ vectors[e]).argmax()])
         matrix[place[into], e] = weight[e].double().clamp(min=1e-12)
@@ -178,10 +182,15 @@ def install(policy: Any, session: Any) -> None:
     """Tell every router what it may choose, and take out what shall be gone."""
     from accelerate_hooks.policies._surgery import shrink
 
+    every = [s for root in session.roots for s in root.sites if s.kind == "experts"]
     layers = mixtures(
         [s for s in session.sites if any(p is policy for _, p in session.policies_at(s))]
     )
-    plans = _matrices(policy, layers) if policy.prune is None else _plans(policy, layers)
+    places = [every.index(layer.experts) for layer in layers]
+    if policy.prune is None:
+        plans = _matrices(policy, layers, places)
+    else:
+        plans = _plans(policy, layers, removals(policy.prune, layers, places, len(every)))
     freed = 0
     for layer, (kept, matrix, plan) in zip(layers, plans, strict=True):
         if policy.takes_out:
@@ -200,10 +209,10 @@ def install(policy: Any, session: Any) -> None:
 Chosen = tuple[Tensor | None, Tensor | None, Plan]
 
 
-def _plans(policy: Any, layers: list[Layer]) -> list[Chosen]:
+def _plans(policy: Any, layers: list[Layer], counts: list[int]) -> list[Chosen]:
     plans: list[Chosen] = []
-    for i, (layer, removed) in enumerate(zip(layers, removals(policy.prune, layers), strict=True)):
-        scores = scores_of(policy, layer, i)
+    for layer, removed in zip(layers, counts, strict=True):
+        scores = scores_of(policy, layer)
         kept = survivors(scores, removed)
         if not layer.serves(kept):
             raise SpecError(
@@ -211,23 +220,23 @@ def _plans(policy: Any, layers: list[Layer]) -> list[Chosen]:
                 f"{layer.experts.name}, and some groups of them keep too few for a token, which "
                 f"asks {layer.top_k or 1} of the groups that its router picks; take fewer there"
             )
-        hidden = torch.ones(layer.count, dtype=torch.bool)
+        hidden = torch.ones(layer.count, dtype=torch.bool, device="cpu")
         hidden[kept] = False
-        place = torch.zeros(layer.count, dtype=torch.int64)
-        place[kept] = torch.arange(len(kept))
+        place = torch.zeros(layer.count, dtype=torch.int64, device="cpu")
+        place[kept] = torch.arange(len(kept), device="cpu")
         matrix = None
         if policy.merge and removed:
-            asked = _measured(policy, "frequency", i)
-            weight = torch.ones(layer.count) if asked is None else asked
+            asked = _measured(policy, "frequency", layer)
+            weight = torch.ones(layer.count, device="cpu") if asked is None else asked
             matrix = nearest(layer, kept, scores, weight)
         plans.append((kept, matrix, Plan(hidden, place if policy.takes_out else None)))
     return plans
 
 
-def _matrices(policy: Any, layers: list[Layer]) -> list[Chosen]:
-    """The plans of an artifact that brings matrices."""
+def _matrices(policy: Any, layers: list[Layer], places: list[int]) -> list[Chosen]:
+    """The plans of an artifact that brings matrices, for each mixture by its place in the model."""
     plans: list[Chosen] = []
-    for i, layer in enumerate(layers):
+    for i, layer in zip(places, layers, strict=True):
         merge, route = (policy.artifact.tensors.get(f"{n}.{i}") for n in ("merge", "route"))
         if merge is None or route is None or merge.shape != route.shape or merge.ndim != 2:
             raise ArtifactError(
@@ -239,26 +248,33 @@ def _matrices(policy: Any, layers: list[Layer]) -> list[Chosen]:
                 f"expert_skip: merge.{i} is {tuple(merge.shape)}, and {layer.experts.name} has "
                 f"{layer.count} experts of which a token asks {layer.top_k or 1}"
             )
-        none = torch.zeros(layer.count, dtype=torch.bool)
+        none = torch.zeros(layer.count, dtype=torch.bool, device="cpu")
         plans.append((None, merge, Plan(none, mix=route)))
     return plans
 
 
-def scores_of(policy: Any, layer: Layer, i: int) -> Tensor:
+def scores_of(policy: Any, layer: Layer) -> Tensor:
     if policy.criterion == "aimer":
         return importance(layer)
-    found = _measured(policy, policy.criterion, i)
+    found = _measured(policy, policy.criterion, layer)
     if found is None or len(found) != layer.count:
         raise ArtifactError(
-            f"expert_skip: criterion={policy.criterion!r} is measured on data; use what "
-            f"ExpertSkip(prune=..., criterion={policy.criterion!r}).fit(model, data) returns"
+            f"expert_skip: criterion={policy.criterion!r} is measured on data, and the artifact "
+            f"knows nothing of the {layer.count} experts of {layer.experts.name}; use what "
+            f"ExpertSkip(prune=..., criterion={policy.criterion!r}).fit(model, data) returns, with "
+            "data that reaches them"
         )
     return found
 
 
-def _measured(policy: Any, criterion: str, i: int) -> Tensor | None:
-    artifact = policy.artifact
-    return None if artifact is None else artifact.tensors.get(f"{criterion}.{i}")
+def _measured(policy: Any, criterion: str, layer: Layer) -> Tensor | None:
+    return None if policy.artifact is None else of_site(policy.artifact, criterion, layer.experts)
+
+
+def of_site(artifact: Artifact, what: str, site: Site) -> Tensor | None:
+    """A tensor ``<what>.<i>`` of the i-th of the artifact's ``layers``, where ``site`` is that."""
+    names = artifact.meta.get("layers", [])
+    return artifact.tensors.get(f"{what}.{names.index(site.name)}") if site.name in names else None
 
 
 def _said(policy: Any, layers: list[Layer], plans: list[Chosen], freed: int) -> str:

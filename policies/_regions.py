@@ -46,14 +46,14 @@ class Plan:
         block = math.prod(region)
         order = order_of(layout, region, tokens)
         rows = math.ceil(tokens / block)
-        dense = torch.arange(rows) >= layout.visual // block
-        dense &= torch.tensor(tokens > layout.visual)
+        dense = torch.arange(rows, device="cpu") >= layout.visual // block
+        dense &= torch.tensor(tokens > layout.visual, device="cpu")
+        before = torch.ones(rows, rows, dtype=torch.bool, device="cpu").tril() if causal else None
         selection = Selection.of(
-            rows, rows, rule, diagonal=True, sinks=sinks, dense_rows=dense,
-            dense_columns=dense,
-            visible=torch.ones(rows, rows, dtype=torch.bool).tril() if causal else None,
+            rows, rows, rule, diagonal=True, sinks=sinks, dense_rows=dense, dense_columns=dense,
+            visible=before,
         )  # fmt: skip
-        sizes = torch.full((rows,), block)
+        sizes = torch.full((rows,), block, device="cpu")
         sizes[-1] = tokens - block * (rows - 1)
         return cls(
             tokens,
@@ -124,9 +124,9 @@ def order_of(layout: TokenLayout, region: tuple[int, int, int], tokens: int) -> 
     inside = tile_order(layout.grid, region)
     if inside is None and start == 0:
         return None
-    inside = torch.arange(layout.visual) if inside is None else inside
-    behind = torch.arange(start + layout.visual, tokens)
-    return torch.cat((inside + start, torch.arange(start), behind))
+    inside = torch.arange(layout.visual, device="cpu") if inside is None else inside
+    behind = torch.arange(start + layout.visual, tokens, device="cpu")
+    return torch.cat((inside + start, torch.arange(start, device="cpu"), behind))
 
 
 opaque_functions(globals())

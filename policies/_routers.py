@@ -166,7 +166,7 @@ def _wrong(out: Any, at: int | None, plan: Plan) -> Tensor:
     """Whether a router has chosen what is hidden."""
     if at is None:  # logits alone are hidden already, but cannot be given other numbers
         hides = isinstance(out, Tensor) and out.shape[-1] == len(plan.hidden)
-        return torch.tensor(float(not hides or plan.place is not None))
+        return torch.tensor(float(not hides or plan.place is not None), device="cpu")
     return plan.hidden[out[at]].any().float()
 
 

@@ -16,13 +16,14 @@ from torch import Tensor
 from accelerate_hooks.call import Call
 from accelerate_hooks.errors import ArtifactError
 from accelerate_hooks.opaque import opaque_functions
+from accelerate_hooks.policies._pruning import of_site
 
-NAME = "mean."
+NAME = "mean"
 
 
-def packed(means: list[Tensor]) -> dict[str, Tensor]:
-    """The tensors of an artifact for the mean outputs ``[E, H]`` of each layer."""
-    return {f"{NAME}{i}": mean.to(torch.bfloat16) for i, mean in enumerate(means)}
+def packed(means: dict[int, Tensor]) -> dict[str, Tensor]:
+    """The tensors of an artifact for the mean outputs ``[E, H]`` of some layers."""
+    return {f"{NAME}.{i}": mean.to(torch.bfloat16) for i, mean in means.items()}
 
 
 def means_of(policy: Any, call: Call) -> Tensor | None:
@@ -32,9 +33,7 @@ def means_of(policy: Any, call: Call) -> Tensor | None:
         return None
 
     def read() -> Tensor | None:
-        names = policy.artifact.meta.get("layers", [])
-        name = f"{NAME}{names.index(call.site.name)}" if call.site.name in names else ""
-        found = policy.artifact.tensors.get(name)
+        found = of_site(policy.artifact, NAME, call.site)
         if found is None:
             return None
         if found.ndim != 2 or found.shape[1] != call.x.shape[-1]:

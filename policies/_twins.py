@@ -27,6 +27,13 @@ class StandIn:
         return getattr(self._module, name)
 
 
+class Bare(StandIn):
+    """Runs it without its hooks: those who count or collect what it gives need not see a look."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._module.forward(*args, **kwargs)
+
+
 class Nothing(StandIn):
     """Gives zeros."""
 
@@ -34,8 +41,9 @@ class Nothing(StandIn):
         return torch.zeros_like(x)
 
 
-def router_of(module: nn.Module) -> str:
-    return next(n for n in _ROUTERS if isinstance(getattr(module, n, None), nn.Module))
+def router_of(module: nn.Module | None) -> str:
+    """The name of a module's router; empty where it has none under a name that is known."""
+    return next((n for n in _ROUTERS if isinstance(getattr(module, n, None), nn.Module)), "")
 
 
 def has_own_forward(module: nn.Module) -> bool:
@@ -59,7 +67,7 @@ def keys(x: Tensor) -> Tensor:
     of its bits), so that rows are known again in whatever order."""
     bits = x.contiguous().view(torch.int16).long()
     generator = torch.Generator().manual_seed(0)
-    factors = torch.randint(-(2**63), 2**63 - 1, bits.shape[1:], generator=generator)
+    factors = torch.randint(-(2**63), 2**63 - 1, bits.shape[1:], generator=generator, device="cpu")
     return (bits * factors.to(x.device)).sum(-1)
 
 

@@ -15,6 +15,7 @@ from accelerate_hooks.enable import enable
 from accelerate_hooks.errors import SpecError, UnsupportedModelError
 from accelerate_hooks.opaque import opaque_functions
 from accelerate_hooks.policies._pruning import per_expert
+from accelerate_hooks.policies._sums import normalises, same
 from accelerate_hooks.policy import Policy
 from accelerate_hooks.site import Effect, Kind, Site
 
@@ -113,7 +114,8 @@ class Watch(Policy):
         count = call.known(lambda: len(per_expert(call.site.module)))
         if stream is not None:
             stream = stream.flatten(0, -2) if stream.numel() == ys[:, 0].numel() else None
-        seen = look(self.policy, self.rule, ys, indices, weights, count, stream)
+        one_sum = self.rule is not None and call.known(lambda: _same(call), "normalises")
+        seen = look(self.policy, self.rule, ys, indices, weights, count, stream, one_sum)
         name = call.site.name
         if name in self.seen:
             self.seen[name].add(seen)
@@ -121,12 +123,18 @@ class Watch(Policy):
             self.seen[name] = seen
 
 
+def _same(call: Call) -> bool:
+    found = normalises(call)
+    return bool(same(call.routing[1].sum(-1)) if found is None else found)  # type: ignore[index]
+
+
 def look(
     policy: Any, rule: str | None, ys: Tensor, indices: Tensor, weights: Tensor, count: int,
-    stream: Tensor | None = None,
+    stream: Tensor | None = None, normalised: bool = False,
 ) -> Seen:  # fmt: skip
-    """``ys`` ``[T, k, H]``: what each slot's expert gives, at weight 1; ``stream`` ``[T, H]``."""
-    asked = torch.zeros(count, dtype=torch.float64)
+    """``ys`` ``[T, k, H]``: what each slot's expert gives, at weight 1; ``stream`` ``[T, H]``; and
+    whether the kept weights get the sum that all had."""
+    asked = torch.zeros(count, dtype=torch.float64, device="cpu")
     sums = {"weight": asked.clone(), "norm": asked.clone(), "both": asked.clone()}
     valid = (indices >= 0) & (indices < count)
     places, w = indices[valid].cpu(), weights[valid].double().cpu()
@@ -134,7 +142,7 @@ def look(
     asked.index_add_(0, places, torch.ones_like(w))
     for name, values in (("weight", w), ("norm", norm), ("both", w * norm)):
         sums[name].index_add_(0, places, values)
-    given = torch.zeros(count, ys.shape[-1])
+    given = torch.zeros(count, ys.shape[-1], device="cpu")
     given.index_add_(0, places, ys[valid].float().cpu())
     seen = Seen(float(len(ys)), asked, **sums, given=given)
     if rule is not None:
@@ -144,12 +152,11 @@ def look(
         order = weights.float().argsort(dim=-1, descending=True, stable=True)
         ranked = weights.float().gather(1, order)
         total = ranked.sum(-1, keepdim=True)
-        same = bool(total.max() - total.min() < 1e-2 * total.max())
         kept, error = [], []
         for value in settings:
             mask = policy.with_rule(rule, value).keep(ranked, value if rule == "top_k" else None)
             some = ranked * mask
-            if same:
+            if normalised:
                 some = some * (total / some.sum(-1, keepdim=True))
             change = torch.zeros_like(ranked).scatter(1, order, ranked - some)
             parts = zip(*(t.split(_TOKENS) for t in (ys, change, size)), strict=True)
@@ -158,9 +165,9 @@ def look(
                 for y, c, s in parts
             ]
             kept.append(mask.sum(dtype=torch.float64).item())
-            error.append(sum(lost, torch.zeros(())).item())
-        seen.kept[rule] = torch.tensor(kept, dtype=torch.float64)
-        seen.error[rule] = torch.tensor(error, dtype=torch.float64)
+            error.append(sum(lost, torch.zeros((), device="cpu")).item())
+        seen.kept[rule] = torch.tensor(kept, dtype=torch.float64, device="cpu")
+        seen.error[rule] = torch.tensor(error, dtype=torch.float64, device="cpu")
     return seen
 
 

@@ -18,7 +18,7 @@ from accelerate_hooks.call import Call
 from accelerate_hooks.opaque import opaque_functions
 from accelerate_hooks.policies._experts import slot_flops
 from accelerate_hooks.policies._lists import Decide
-from accelerate_hooks.policies._twins import Nothing, StandIn, keys, router_of, twin
+from accelerate_hooks.policies._twins import Bare, Nothing, StandIn, keys, router_of, twin
 
 
 def run(call: Call, decide: Decide) -> Any:
@@ -27,7 +27,7 @@ def run(call: Call, decide: Decide) -> Any:
     args, kwargs = call.given()
 
     def work() -> Any:
-        weights = _weights(call, module)
+        weights = weights_of(call)
         if weights is None:
             call.inert(
                 f"expert_skip: how {type(module).__name__} weighs its experts cannot be read off "
@@ -49,24 +49,31 @@ def run(call: Call, decide: Decide) -> Any:
     return call.compute(work)
 
 
-def _weights(call: Call, module: Any) -> Tensor | None:
-    """Of each token and expert ``[T, E]``; None where they do not show."""
+def weights_of(call: Call, x: Tensor | None = None) -> Tensor | None:
+    """Of each token (of another ``x`` if there is one) and expert ``[T, E]``; None where they do
+    not show."""
+    module: Any = call.site.module
     experts, router = module.experts, router_of(module)
     listed = isinstance(experts, nn.ModuleList)
     probe: Any = [_Mark(e, i) for i, e in enumerate(experts)] if listed else _Marks(experts)
-    silent = {
+    silent: dict[str, StandIn] = {
         name: Nothing(child)
         for name, child in module.named_children()
         if name not in ("experts", router)
     }
-    args, kwargs = call.given()
+    if router:
+        silent[router] = Bare(getattr(module, router))
+    args, kwargs = call.given(x)
     with call.beside():
         out = twin(module, experts=probe, **silent).forward(*args, **kwargs)
     seen = out[0] if isinstance(out, tuple) else out
     count = len(experts) if listed else probe.count
-    if not isinstance(seen, Tensor) or seen.shape != call.x.shape or count > seen.shape[-1]:
+    shape = (call.x if x is None else x).shape
+    if not isinstance(seen, Tensor) or seen.shape != shape or count > shape[-1]:
         return None
     weights = seen.flatten(0, -2)[:, :count]
+    if x is not None:
+        return weights
     shows = call.known(lambda: call.read(weights.abs().amax())[0] > 0.0, "weights")
     return weights if shows else None
 

@@ -14,7 +14,7 @@ from accelerate_hooks.call import Call
 from accelerate_hooks.errors import ArtifactError, SpecError
 from accelerate_hooks.kernels import FALLBACKS, skip_experts
 from accelerate_hooks.opaque import opaque_functions, uncompiled
-from accelerate_hooks.policies import _lists, _pruning, _weighing
+from accelerate_hooks.policies import _lists, _pruning, _sums, _weighing
 from accelerate_hooks.policies._experts import Experts, error_of, look_of, read_experts, slot_flops
 from accelerate_hooks.policies._pruning import Criterion
 from accelerate_hooks.policies._routers import Plan, route
@@ -188,6 +188,16 @@ class ExpertSkip(Policy):
 
     def check(self, session: Any) -> list[str]:
         refuse_deleted(session.sites)
+        for root in session.roots:
+            count = sum(site.kind == "experts" for site in root.sites)
+            for name in self.rules:
+                value = getattr(self, name)
+                if isinstance(value, tuple) and len(value) != count:
+                    raise SpecError(
+                        f"expert_skip: {name} has {len(value)} numbers, "
+                        f"{type(root.model).__name__} {count} mixtures; give one a mixture, or one "
+                        "for all"
+                    )
         if self.artifact is not None:
             for root in session.roots:
                 self.artifact.check(policy=self.name, model=root.model)
@@ -320,7 +330,7 @@ class ExpertSkip(Policy):
             )
             return call.proceed()
         listed = isinstance(module.experts, nn.ModuleList)
-        told = listed and call.known(lambda: _lists.tells(call), "tells")
+        told = listed and call.known(lambda: _lists.asked(call) is not None, "tells")
         return (_lists if told else _weighing).run(call, decide)
 
     @uncompiled
@@ -387,15 +397,9 @@ class ExpertSkip(Policy):
 
     def _renormalised(self, call: Call, weights: Tensor, total: Tensor) -> Tensor:
         """Kept weights, with the sum that all had where the router normalises."""
-        seen: list[Tensor] = call.known(list, "sums")  # least and greatest so far, on the device
-        alone = len(total) == 1 and not seen
-        some = torch.where(total > 0, total, total.amax())  # a token may have no expert at all
-        now = torch.stack((-some.amin(), total.amax())).float()
-        seen[:] = [torch.maximum(seen[0], now) if seen else now]
-        least, most = -seen[0][0], seen[0][1]
-        same = most - least < 1e-2 * most
-        if alone:  # one token tells nothing; one sum is known
-            same = same & ((most - 1.0).abs() < 1e-2)
+        same = call.known(lambda: _sums.normalises(call), f"normalises {total.device}")
+        if same is None:
+            same = _sums.same(total)
         factor = total / weights.sum(-1, keepdim=True)
         return weights * torch.where(same & (total > 0), factor, torch.ones_like(factor))
 

@@ -305,6 +305,27 @@ def test_what_data_shows_is_what_a_slow_count_shows():
         assert torch.allclose(fitted.artifact.tensors[f"{name}.0"], values, rtol=1e-4), name
 
 
+def test_what_was_measured_is_the_layers_whatever_only_leaves_out():
+    model, inputs = tiny()
+    fitted = ExpertSkip(prune=(1, 0, 1, 2), criterion="frequency").fit(
+        model, inputs, progress=False
+    )
+
+    def hidden(**choice):
+        with enable(model, fitted, **choice) as session:
+            return {
+                layer.router.name: session.record(layer.router).facts["known", 0, "plan"].hidden
+                for layer in mixtures(session.sites)
+                if session.policies_at(layer.router)
+            }
+
+    whole = hidden()
+    assert [int(mask.sum()) for mask in whole.values()] == [1, 0, 1, 2]
+    last = list(whole)[-1]
+    some = hidden(only=f"{last.rpartition('.')[0]}*")
+    assert list(some) == [last] and torch.equal(some[last], whole[last])
+
+
 def test_criteria_that_need_data_say_so():
     model, _ = tiny()
     with pytest.raises(ArtifactError, match="fit\\(model, data\\)"):

@@ -6,10 +6,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from moe_models import MOE
 from tiny_models import TINY
 
 from accelerate_hooks import ArtifactError, ExpertSkip, SpecError, enable
 from accelerate_hooks.artifact import Artifact
+from accelerate_hooks.registry import patch_for
 
 
 @st.composite
@@ -129,10 +131,57 @@ def test_half_the_experts_are_half_of_the_work(experts):
 
 def test_a_number_a_layer():
     model, inputs = TINY["qwen3_moe"].build(), TINY["qwen3_moe"].inputs(2)
-    with torch.no_grad(), enable(model, ExpertSkip(top_k=(4, 1))) as session:
+    with torch.no_grad(), enable(model, ExpertSkip(top_k=(4, 1, 1, 1))) as session:
         model(**inputs)
         actions = [v["action"] for v in session.report().steps]
     assert actions[0] == "computed" and set(actions[1:]) == {"partly"}
+
+
+def test_numbers_of_layers_are_the_layers_whatever_only_leaves_out():
+    model, inputs = TINY["qwen3_moe"].build(), TINY["qwen3_moe"].inputs(2)
+    mixtures = [s.name for s in patch_for(model).sites(model) if s.kind == "experts"]
+    assert len(mixtures) == 4
+    policy = ExpertSkip(top_k=(4, 4, 1, 4))
+    for name, wanted in zip(mixtures, ("computed", "computed", "partly", "computed"), strict=True):
+        with torch.no_grad(), enable(model, policy, only=name, strict=False) as session:
+            model(**inputs)
+            actions = {v["action"] for v in session.report().steps}
+        assert actions == {wanted}
+
+
+@pytest.mark.parametrize("rule", [{"top_k": (2, 2)}, {"mass": (0.5,) * 5}, {"ratio": (0.5,)}])
+def test_numbers_for_another_number_of_layers_are_refused(rule):
+    with pytest.raises(SpecError, match=r"numbers, Qwen3MoeForCausalLM 4 mixtures"):
+        enable(TINY["qwen3_moe"].build(), ExpertSkip(**rule))
+
+
+@pytest.mark.parametrize(
+    "name", ["mixtral", "qwen3_moe", "deepseek_v3", "deepseek_v2", "muse_spark"]
+)
+@pytest.mark.parametrize("rule", [{"top_k": 1}, {"ratio": 0.95}], ids=str)
+def test_how_a_token_is_weighed_does_not_depend_on_others(name, rule):
+    """Some routers give all tokens weights of one sum, some do not, and some of a sum other than 1:
+    one token alone, the same token twice and garbage tell nothing of it."""
+    model = MOE[name].build()
+    x = MOE[name].inputs(2)["input_ids"]
+
+    def first(ids, *before):
+        with torch.no_grad(), enable(model, ExpertSkip(**rule), strict=False):
+            for other in before:
+                model(other)
+            return model(ids).logits[:, 0]
+
+    def garbage():
+        embeddings = model.get_input_embeddings()(x)
+        with torch.no_grad(), enable(model, ExpertSkip(**rule), strict=False):
+            model(inputs_embeds=embeddings * torch.nan)
+            return model(x).logits[:, 0]
+
+    wanted = first(x)
+    plain = model(x).logits[:, 0]
+    assert (wanted - plain).norm() > 1e-6 * plain.norm()  # something was left out
+    for got in (first(x[:, :1]), first(x, x[:, :1]), first(x, x[:1, :1].expand(1, 9)), garbage()):
+        assert (got - wanted).norm() <= 1e-5 * wanted.norm()
 
 
 @pytest.mark.parametrize(
