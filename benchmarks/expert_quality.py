@@ -165,7 +165,7 @@ def contestants(lab: Lab) -> Iterator[tuple[str, str, Policy | None]]:
         yield "floor", f"floor={floor}", ExpertSkip(floor=floor)
     for bound in (0.1, 0.2, 0.4):
         policy = ExpertSkip(ratio=1.0, max_dropped_mass=bound)
-        yield "max_dropped_mass", f"{bound:g}", policy
+        yield "max_dropped_mass", f"ratio=1, max_dropped_mass={bound:g}", policy
     for rule in ({"ratio": 0.5}, {"mass": 0.5}, {"floor": 0.1}, {"top_k": 1}):
         (name,) = rule
         for target in TARGETS:
