@@ -9,8 +9,8 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from accelerate_hooks.clock import Clock
 from accelerate_hooks.opaque import opaque_functions
-from accelerate_hooks.recognise import Clock
 from accelerate_hooks.replaced import tell_replaced_models
 from accelerate_hooks.run import Run
 from accelerate_hooks.schedule import Schedule

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from accelerate_hooks import stand_in, tree
+from accelerate_hooks.clock import Clock
 from accelerate_hooks.frame import Root
 from accelerate_hooks.opaque import opaque_functions
-from accelerate_hooks.recognise import Clock
 from accelerate_hooks.run import Run, Step
 from accelerate_hooks.schedule import Schedules
 

@@ -15,7 +15,7 @@ from accelerate_hooks.own import Own
 from accelerate_hooks.run import Run
 
 if TYPE_CHECKING:
-    from accelerate_hooks.recognise import Clock
+    from accelerate_hooks.clock import Clock
 
 
 @dataclass(eq=False)

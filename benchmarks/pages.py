@@ -210,7 +210,8 @@ def draft_wide() -> str:
     data = read("draft_attention_cpu")
     if data is None:
         return f"The wide block: {NOT_MEASURED}."
-    head = ("tokens", "sparsity", "model", "attention")
+    head = ("tokens", "sparsity", "model", "attention", "draft, selection, reorder of dense")
+    ranked = ("draft", "random", "oracle")
     lines = []
     for size in data["wide"]:
         for row in size["rows"]:
@@ -218,9 +219,10 @@ def draft_wide() -> str:
                 f"{size['tokens']:,}", f"{row['sparsity']:g}", f"{row['speedup']:.2f}x",
                 f"{row['attention_speedup']:.2f}x",
                 f"{row['draft_select_reorder_of_dense'] * 100:.1f} %",
+                *(f"{row['quality'][name]['drift']:.4f}" for name in ranked),
             )  # fmt: skip
             lines.append(cells)
-    return table((*head, "draft, selection, reorder of dense attention"), lines)
+    return table((*head, *(f"drift, {name}" for name in ranked)), lines)
 
 
 def expert_layer() -> str:
