@@ -17,18 +17,25 @@ from accelerate_hooks.seam import Ledger, Override
 from accelerate_hooks.site import Site
 
 _COUNTS = ("num_experts", "num_local_experts")  # what experts call their own number
-_OURS = ("__deepcopy__", "__reduce_ex__", "_save_to_state_dict")
+_OURS = ("__deepcopy__", "__reduce_ex__", "_save_to_state_dict", "_load_from_state_dict")
 
 
 class Removed:
     """What a module of experts held before some went, for its end and for copies and files of it:
     those hold all experts, as if none had gone."""
 
-    def __init__(self, layer: Layer, *, drop: bool) -> None:
-        self.layer, self.drop = layer, drop
+    def __init__(
+        self, layer: Layer, kept: Tensor | None, matrix: Tensor | None, *, away: bool, drop: bool
+    ) -> None:
+        self.layer, self.kept, self.matrix, self.away, self.drop = layer, kept, matrix, away, drop
         module = self.module = layer.experts.module
         self.parameters = stacked(module)
         self.counts = {n: vars(module)[n] for n in _COUNTS if n in vars(module)}
+
+    def left(self, parameter: Tensor) -> Tensor:
+        """What is left of all experts ``[E, ...]``, or made of them."""
+        with torch.no_grad():
+            return parameter[self.kept] if self.matrix is None else mixed(parameter, self.matrix)
 
     def whole(self, what: str) -> dict[str, nn.Parameter]:
         """The parameters as they were, on the device and in the dtype of what stands for them."""
@@ -64,12 +71,28 @@ class Removed:
             destination[prefix + name] = whole if keep_vars else whole.detach()
         return result
 
+    def load(self, override: Override, args: Any, kwargs: Any) -> Any:
+        """A state dict holds all experts: they are loaded, and those that are left made of them."""
+        own, some = self.module._parameters, dict(self.module._parameters)
+        own.update(self.whole("loading a state dict"))
+        try:
+            return override.original(*args, **kwargs)
+        finally:
+            for name in self.parameters:
+                self.parameters[name] = whole = own[name]  # type: ignore[assignment]
+                own[name] = some[name]
+                some[name].data = self.left(whole)  # type: ignore[union-attr,arg-type]
+                if self.away:
+                    whole.data = whole.data.cpu()  # type: ignore[union-attr]
+
     def gone(self, override: Override, args: Any, kwargs: Any) -> Any:
         self.whole("a forward without the session")
 
     def undo(self) -> None:
         if self.drop:  # a copy, a pickle, a state dict and a forward go on to raise
-            for name, handler in (("forward", self.gone), (_OURS[2], self.save)):
+            for name, handler in (
+                ("forward", self.gone), (_OURS[2], self.save), (_OURS[3], self.load),
+            ):  # fmt: skip
                 vars(self.module)[name] = Override(self.module, name, handler)
             return
         for name in _OURS[:2]:
@@ -106,7 +129,7 @@ def shrink(
             "would take out others; without free_memory and merge they are hidden from the routers "
             "instead"
         )
-    removed = Removed(layer, drop=drop)
+    removed = Removed(layer, kept, matrix, away=away, drop=drop)
     module, before = removed.module, removed.parameters
     wrapped = layer.experts.path.endswith(".base_layer") or hasattr(module, "parametrizations")
     if wrapped or not has_own_forward(module):
@@ -128,8 +151,7 @@ def shrink(
     ledger.note(removed.undo)
     vars(module).update(zip(_OURS, (removed.deepcopy, removed.reduce_ex), strict=False))
     for name, parameter in before.items():
-        with torch.no_grad():
-            some = parameter[kept] if matrix is None else mixed(parameter, matrix)
+        some = removed.left(parameter)
         module._parameters[name] = nn.Parameter(some, requires_grad=parameter.requires_grad)
         freed += (parameter.numel() - some.numel()) * parameter.element_size()
         vars(module).update(dict.fromkeys(removed.counts, len(some)))
@@ -138,6 +160,7 @@ def shrink(
     if drop:
         removed.parameters = {}
     ledger.override(Override(module, "_save_to_state_dict", removed.save))
+    ledger.override(Override(module, "_load_from_state_dict", removed.load))
     return freed
 
 

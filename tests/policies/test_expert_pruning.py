@@ -122,6 +122,24 @@ def test_copies_pickles_and_files_hold_all_experts():
         assert torch.equal(model(**inputs).logits, plain)
 
 
+@pytest.mark.parametrize("how", [{"free_memory": True}, {"merge": True}], ids=str)
+@pytest.mark.parametrize("assign", [False, True])
+def test_weights_loaded_while_experts_are_out_reach_them(how, assign):
+    model, inputs = tiny()
+    other, _ = tiny()
+    with torch.no_grad():
+        for i, p in enumerate(other.parameters()):
+            p.mul_(1.0 + 0.01 * (i % 7))
+    policy = ExpertSkip(prune=0.25, **how)
+    wanted, plain = run(other, inputs, policy), run(other, inputs)
+    with enable(model, policy), torch.no_grad():
+        model(**inputs)
+        model.load_state_dict(other.state_dict(), assign=assign)
+        got = model(**inputs).logits
+    assert torch.equal(got, wanted)
+    assert torch.equal(run(model, inputs), plain)
+
+
 def test_a_change_of_dtype_while_experts_are_out_reaches_them():
     model, inputs = tiny()
     with enable(model, ExpertSkip(prune=0.25, free_memory=True)):
@@ -148,7 +166,8 @@ def test_what_is_deleted_is_told():
         for use in USES[:3]:
             with pytest.raises(UnsupportedModelError, match="irreversible=True has deleted"):
                 use(model)
-    for use in (*USES, lambda m: run(m, inputs)):
+    weights = tiny()[0].state_dict()
+    for use in (*USES, lambda m: run(m, inputs), lambda m: m.load_state_dict(weights)):
         with pytest.raises(UnsupportedModelError, match="load the model again"):
             use(model)
 
