@@ -118,14 +118,14 @@ class Call:
 
     @property
     def depth(self) -> int:
-        """How many sites of this kind at which this policy can act the model has before this one,
+        """How many modules of this kind at which this policy can act the model has before this one,
         whether or not ``only=`` leaves them out."""
         session, index = self._frame.session, self._policy_index
         facts = session.record(self.site).facts
         if ("depth", index) not in facts:
             kin = [s for s in session.root(self._frame.root).sites if s.kind == self.site.kind]
-            mine = [s for s in kin if self._policies[0][1].acts(s)]
-            facts["depth", index] = mine.index(self.site)
+            mine = [s.path for s in kin if not s.visit and self._policies[0][1].acts(s)]
+            facts["depth", index] = mine.index(self.site.path)
         return facts["depth", index]
 
     def peers(self) -> list[Site]:

@@ -155,8 +155,16 @@ def _models(target: Any) -> Pipeline:
             f"{type(target).__name__} is neither an nn.Module nor a DiffusionPipeline with a model "
             "that is given a timestep; give the model itself"
         )
-    models = {name: _uncompiled(model) for name, model in pipeline.models.items()}
-    return Pipeline(models, pipeline.scheduler, pipeline.now, pipeline.notes)
+    models: dict[str, nn.Module] = {}
+    notes = list(pipeline.notes)
+    for name, model in pipeline.models.items():
+        module = _uncompiled(model)
+        known = next((other for other, one in models.items() if one is module), None)
+        if known is None:
+            models[name] = module
+        else:
+            notes.append(f"{name} is the model that {known} is")
+    return Pipeline(models, pipeline.scheduler, pipeline.now, notes)
 
 
 def _uncompiled(model: nn.Module) -> nn.Module:

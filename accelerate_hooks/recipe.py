@@ -72,6 +72,8 @@ def save_recipe(path: str | os.PathLike[str], addressed: Iterable[Addressed]) ->
     Raises RecipeError if the path does not end in .json, .yaml or .yml, the file or a setting
     cannot be written, or an artifact was never saved.
     """
+    if not isinstance(path, (str, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise RecipeError(f"a recipe is saved to a path, not to a {type(path).__name__}")
     path = Path(path)
     if not is_recipe(str(path)):
         raise RecipeError(f"{path}: the name of a recipe ends in .json, .yaml or .yml")
@@ -142,12 +144,12 @@ def _read(path: Path) -> object:
     if path.suffix.lower() == ".json":
         try:
             return json.loads(text, object_pairs_hook=_unique)
-        except ValueError as error:
+        except (RecursionError, ValueError) as error:
             raise RecipeError(f"{path}: not JSON ({error})") from error
     yaml = _yaml(path)
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (RecursionError, yaml.YAMLError) as error:
         raise RecipeError(f"{path}: not YAML ({error})") from error
 
 

@@ -76,7 +76,7 @@ class Report:
         content = make(self._data)
         try:
             write_atomically(path, content)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise ReportError(f"{path} cannot be written ({error}); give another path") from error
         return path
 

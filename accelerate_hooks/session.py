@@ -77,6 +77,7 @@ class Session:
         self._pauses: Held[bool] = Held()
         self._warned: set[str] = set()
         self._reach: dict[Site, Any] = {}
+        self._told: dict[Site, dict[Any, Any]] = {}
         self._trains = bool(policies) and all(policy.trains for policy in policies)
         self.scheduler: Any = None
         self.pipeline: Callable[[], Any] = lambda: None
@@ -198,7 +199,8 @@ class Session:
         """Tell ahead what ``call.known(..., name)`` of this policy gives at a site."""
         for index, mine in enumerate(self.policies):
             if mine is policy:
-                self.record(site).facts["known", index, name] = fact
+                told = self._told.setdefault(site, {})
+                told["known", index, name] = self.record(site).facts["known", index, name] = fact
 
     def policies_at(self, site: Site) -> list[tuple[int, Policy]]:
         return self._plan.get(site, _NONE)
@@ -206,6 +208,7 @@ class Session:
     def adopt(self, old: Site, new: Site) -> None:
         """A module turned out to be visited once more in a forward: the same policies act there."""
         self._plan[new] = [(i, policy) for i, policy in self.policies_at(old) if policy.acts(new)]
+        self.record(new).facts.update(self._told.get(old, {}))
         if old in self._reach:
             self._reach[new] = self._reach[old]
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from accelerate_hooks.kernels._dispatch import require
+from accelerate_hooks.kernels._dispatch import described, require
 
 _ROOM = 1 << 26  # bytes of float32 probabilities at a time
 
@@ -21,6 +21,10 @@ def esap(p: Tensor, q: Tensor) -> Tensor:
     """``p`` and ``q`` are logits ``[..., V]`` of one shape, floats; a float32 ``[...]`` (float64
     for float64). Rows go through in parts, so that half-precision logits of a large vocabulary are
     never all in memory as float32."""
+    require(
+        isinstance(p, Tensor) and isinstance(q, Tensor) and p.device == q.device,  # pyright: ignore[reportUnnecessaryIsInstance]
+        lambda: f"p is {described(p)}, q {described(q)}; give tensors on one device",
+    )
     require(
         p.shape == q.shape and p.ndim >= 1 and p.is_floating_point() and q.is_floating_point(),
         lambda: (

@@ -186,7 +186,7 @@ def _op(
         return reference(*given, with_lse)
     if use_native("block_sparse_attention", "_block_sparse", _unfit_for_c(q, block_k)):
         return compiled(*given, with_lse)
-    return (gathered if q.dtype in _DTYPES else reference)(*given, with_lse)
+    return (gathered if q.dtype in _DTYPES and q.shape[3] else reference)(*given, with_lse)
 
 
 @torch.library.register_fake("accelerate_hooks::block_sparse_attention")

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from accelerate_hooks.kernels import _native as native
 from accelerate_hooks.kernels._dispatch import (
+    described,
     operator,
     require,
     require_no_gradient,
@@ -222,6 +223,21 @@ def _check(
     hidden: Tensor, indices: Tensor, weights: Tensor, up: Tensor, down: Tensor,
     up_bias: Tensor | None, down_bias: Tensor | None, act: str, gated: bool, transposed: bool,
 ) -> None:  # fmt: skip
+    given = {
+        "hidden": hidden, "indices": indices, "weights": weights, "up": up, "down": down,
+        "up_bias": up_bias, "down_bias": down_bias,
+    }  # fmt: skip
+    for name, t in given.items():
+        fine = isinstance(t, Tensor) and t.layout == torch.strided
+        require(
+            (fine and t.device == hidden.device) or (t is None and name.endswith("bias")),  # type: ignore[union-attr]
+            lambda name=name, t=t: (
+                f"{name} is {described(t)}, hidden {described(hidden)}; give dense tensors on one "
+                "device"
+            ),
+        )
+    for name, flag in (("gated", gated), ("transposed", transposed)):
+        require(isinstance(flag, bool), f"{name}={flag!r}; give a bool")  # pyright: ignore[reportUnnecessaryIsInstance]
     shapes = (
         f"hidden {tuple(hidden.shape)}, indices {tuple(indices.shape)}, weights "
         f"{tuple(weights.shape)}, up {tuple(up.shape)}, down {tuple(down.shape)}"
@@ -243,8 +259,9 @@ def _check(
         hidden.dtype == up.dtype == down.dtype and hidden.is_floating_point(),
         f"hidden {hidden.dtype}, up {up.dtype}, down {down.dtype}: give one floating-point dtype",
     )
-    whole = not indices.is_floating_point() and indices.dtype != torch.bool
-    require(whole, f"indices are {indices.dtype}; give integers")
+    real = indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool
+    require(not real, f"indices are {indices.dtype}; give integers")
+    require(weights.is_floating_point(), f"weights are {weights.dtype}; give floats")
     for name, bias, size in (("up_bias", up_bias, features), ("down_bias", down_bias, outputs)):
         require(
             bias is None or tuple(bias.shape) == (len(up), size),

@@ -80,13 +80,18 @@ def window_attention(
         q, k, v = (t.index_select(2, index) for t in (q, k, v))
         key_mask = None if key_mask is None else key_mask.index_select(1, index)
     out, lse = block_sparse_attention(
-        q, k, v, near[None, None], block_size=math.prod(tile), is_causal=is_causal, scale=scale,
-        enable_gqa=enable_gqa, key_mask=key_mask, return_lse=True,
+        q, k, v, near[None, None], block_size=block_of(grid, tile), is_causal=is_causal,
+        scale=scale, enable_gqa=enable_gqa, key_mask=key_mask, return_lse=True,
     )  # fmt: skip
     if order is not None:
         back = order.argsort().to(q.device)
         out, lse = out.index_select(2, back), lse.index_select(2, back)
     return (out, lse) if return_lse else out
+
+
+def block_of(grid: tuple[int, ...], tile: tuple[int, ...]) -> int:
+    """How many tokens a block has: those of a tile, and no more than there are."""
+    return min(math.prod(tile), max(1, math.prod(grid)))
 
 
 def tile_order(grid: tuple[int, ...], tile: tuple[int, ...]) -> Tensor | None:
@@ -113,13 +118,13 @@ def tile_order(grid: tuple[int, ...], tile: tuple[int, ...]) -> Tensor | None:
     order = torch.cat(
         [c.flip(0).flatten() if i % 2 else c.flatten() for i, c in enumerate(columns)]
     )
-    return torch.cat([block.sort().values for block in order.split(math.prod(tile))])
+    return torch.cat([block.sort().values for block in order.split(block_of(grid, tile))])
 
 
 def window_blocks(grid: tuple[int, ...], tile: tuple[int, ...], window: tuple[int, ...]) -> Tensor:
     """Which blocks of ``prod(tile)`` tokens in `tile_order` see which ``[R, R]``: those whose
     bounding boxes come within ``window`` along every axis."""
-    order, block = tile_order(grid, tile), math.prod(tile)
+    order, block = tile_order(grid, tile), block_of(grid, tile)
     places = torch.arange(math.prod(grid), device="cpu") if order is None else order
     rows = math.ceil(len(places) / block)
     places = torch.cat((places, places[-1:].expand(rows * block - len(places)))).view(rows, block)

@@ -56,7 +56,11 @@ class DiffusersPatch(StructuralPatch):
         levels = [*self.noise(scheduler), (1.0, 0.0)]
         kind = self.prediction(scheduler)
         if kind == "velocity":
-            return [b[1] - a[1] for a, b in itertools.pairwise(levels)]
+            sigmas = [sigma for _, sigma in levels]
+            own = getattr(scheduler, "sigmas", None)
+            if own is not None and len(own) == len(levels):
+                sigmas[-1] = float(own[-1])  # 1 where a scheduler counts the other way
+            return [b - a for a, b in itertools.pairwise(sigmas)]
         if kind == "epsilon" and all(alpha > 0 for alpha, _ in levels):
             ratios = [sigma / alpha for alpha, sigma in levels]
             return [b - a for a, b in itertools.pairwise(ratios)]

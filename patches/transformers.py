@@ -86,8 +86,9 @@ class TransformersPatch(StructuralPatch):
         module = site.module
         config = getattr(module, "config", None)
         implementation = getattr(config, "_attn_implementation", None)
-        if implementation is None:
-            return None
+        own = inspect.unwrap(type(module).forward)
+        if implementation is None or "ALL_ATTENTION_FUNCTIONS" not in own.__globals__:
+            return None  # those that ask for the name of an implementation themselves (Falcon)
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as registry
 
         eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
@@ -117,7 +118,10 @@ class TransformersPatch(StructuralPatch):
 
 @opaque
 def _line(given: dict[str, Any], values: Any) -> TokenLayout | None:
-    names = ("inputs_embeds", "input_ids", "input_features", "input_values")
+    names = (
+        "inputs_embeds", "input_ids", "input_features", "input_values",
+        "decoder_input_ids", "decoder_inputs_embeds",
+    )  # fmt: skip
     x = next((given[n] for n in names if isinstance(given.get(n), torch.Tensor)), None)
     return None if x is None or x.ndim < 2 else TokenLayout(1, 1, x.shape[1])
 

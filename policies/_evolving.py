@@ -19,7 +19,7 @@ from accelerate_hooks.enable import enable
 from accelerate_hooks.errors import SpecError, UnsupportedModelError
 from accelerate_hooks.kernels import esap
 from accelerate_hooks.opaque import opaque_functions
-from accelerate_hooks.policies._watching import forward
+from accelerate_hooks.policies._watching import forward, tokens_of
 from accelerate_hooks.policy import Policy
 from accelerate_hooks.resume import Resume
 
@@ -48,6 +48,8 @@ def evolve(
     """
     from tqdm import tqdm
 
+    if type(generations) is not int or generations < 1:
+        raise SpecError(f"expert_skip: generations={generations!r}; give an integer of at least 1")
     if not 0 <= total <= sum(most):
         raise SpecError(
             f"expert_skip: {total} experts cannot be taken out of layers that can spare "
@@ -151,8 +153,8 @@ def acceptance(
 
 
 def _tokens(item: Any, logits: Tensor) -> Tensor:
-    mask = item.get("attention_mask") if isinstance(item, dict) else None
-    if not isinstance(mask, Tensor) or mask.shape != logits.shape[:2]:
+    mask = tokens_of(item)
+    if mask is None or mask.shape != logits.shape[:2]:
         return torch.ones(logits.shape[:2], device="cpu")
     return mask.cpu().float()
 

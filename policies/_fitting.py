@@ -55,22 +55,24 @@ def fit_rule(policy: Any, model: nn.Module, data: Any, target: float | None, pro
     for s in seen.values():
         cost, error = (v[rule].tolist() for v in (s.kept, s.error))
         curves.append(([c / s.tokens for c in cost], [-e / s.tokens for e in error]))
-    k = curves[0][0][-1]
-    if not curves[0][0][0] <= target <= k + 1e-9:
+    costs = [cost for cost, _ in curves]
+    most = max(costs, key=len)  # mixtures may ask different numbers of experts
+    mean = [
+        sum(cost[min(i, len(cost) - 1)] for cost in costs) / len(costs) for i in range(len(most))
+    ]
+    if not mean[0] <= target <= mean[-1] + 1e-9:
         raise SpecError(
             f"expert_skip: target={target!r} experts is out of range; {rule} keeps "
-            f"{curves[0][0][0]:.2f} to {k:.2f} here"
+            f"{mean[0]:.2f} to {mean[-1]:.2f} here"
         )
-    costs = [cost for cost, _ in curves]
-    values = thresholds(rule, round(k))
-    mean = [sum(c) / len(costs) for c in zip(*costs, strict=True)]
+    values = thresholds(rule, len(most))
     ways = {
         "split": split(curves, target * len(curves)),
         "even": [_last(cost, target) for cost in costs],
         "same": [_last(mean, target)] * len(costs),
     }
     root = _root_of(model)
-    names = [site.name for site in root.sites if site.kind == "experts"]
+    names = [s.path for s in root.sites if s.kind == "experts" and not s.visit]
 
     def spread(some: Sequence[T], rest: T) -> tuple[T, ...]:
         """One for each mixture; those that no data reached are left alone."""
@@ -89,7 +91,7 @@ def fit_rule(policy: Any, model: nn.Module, data: Any, target: float | None, pro
         if fitness is not None:
             accepted = {way: fitness(numbers) for way, numbers in tried.items()}
     best = max(accepted, key=lambda way: accepted[way]) if accepted else "split"
-    kept = spread([cost[p] for cost, p in zip(costs, ways[best], strict=True)], k)
+    kept = spread([c[min(p, len(c) - 1)] for c, p in zip(costs, ways[best], strict=True)], mean[-1])
     artifact = Artifact.create(
         means | {
             "kept": torch.tensor(kept, device="cpu"),
@@ -126,7 +128,7 @@ def _on_noise(policy: Any, model: nn.Module, rule: str) -> dict[str, Seen]:
                 layer.experts.module(x, indices[:, s : s + 1].contiguous(), one)
                 for s in range(indices.shape[1])
             ]
-        seen[layer.experts.name] = look(
+        seen[layer.experts.path] = look(
             policy, rule, torch.stack(ys, 1), indices, weights, layer.count,
             normalised=bool(same(weights.sum(-1))),
         )  # fmt: skip

@@ -35,7 +35,7 @@ def asked(call: Call, x: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
     watched = _Watched(getattr(module, name))
     silent = [Nothing(expert) for expert in module.experts]
     args, kwargs = call.given(x)
-    with call.beside():
+    with call.beside(asked=False):
         twin(module, experts=silent, **{name: watched}).forward(*args, **kwargs)
     found = _places(watched.seen)
     return None if found is None else (watched.seen[found[0]], watched.seen[found[1]])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -22,11 +22,13 @@ Criterion = Literal["aimer", "frequency", "router_weight", "activation_norm", "r
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """One mixture: its experts, their number, and the router before them."""
+    """One mixture: its experts, their number, the router before them, and its place among the
+    mixtures of the model."""
 
     experts: Site
     router: Site
     count: int
+    place: int = 0
 
     @property
     def top_k(self) -> int | None:
@@ -62,7 +64,8 @@ def mixtures(sites: list[Site], policy: str = "expert_skip") -> list[Layer]:
                 f"{policy}: pruning hides experts from their router, and {site.name} has "
                 f"{len(near)} of them as modules; use the rules that act at run time instead"
             )
-        layers.append(Layer(site, (beside or near)[0], len(per_expert(site.module))))
+        count = len(per_expert(site.module))
+        layers.append(Layer(site, (beside or near)[0], count, len(layers)))
     return layers
 
 
@@ -117,20 +120,16 @@ def _flat(module: nn.Module) -> Iterator[Tensor]:
     return (m for matrices in per_expert(module) for m in matrices)
 
 
-def removals(
-    prune: float | tuple[int, ...], layers: list[Layer], places: list[int], mixtures: int
-) -> list[int]:
-    """How many experts go in each layer: a share of each, rounded down, or a number for each of
-    ``mixtures``, of which the layers are those at ``places``. Raises SpecError if a layer would
-    keep fewer than a token asks."""
+def removals(prune: float | tuple[int, ...], layers: list[Layer], mixtures: int) -> list[int]:
+    """How many experts go in each layer: a share of each, rounded down, or a number for each of the
+    model's ``mixtures``. Raises SpecError if a layer would keep fewer than a token asks."""
     if isinstance(prune, tuple) and len(prune) != mixtures:
         raise SpecError(
             f"expert_skip: prune has {len(prune)} numbers, this model {mixtures} mixtures; give "
             "one a mixture, or one share for all"
         )
     counts = [
-        prune[i] if isinstance(prune, tuple) else int(prune * layer.count + 1e-9)
-        for i, layer in zip(places, layers, strict=True)
+        prune[x.place] if isinstance(prune, tuple) else int(prune * x.count + 1e-9) for x in layers
     ]
     for layer, count in zip(layers, counts, strict=True):
         least = layer.top_k or 1
@@ -183,14 +182,12 @@ def install(policy: Any, session: Any) -> None:
     from accelerate_hooks.policies._surgery import shrink
 
     every = [s for root in session.roots for s in root.sites if s.kind == "experts"]
-    layers = mixtures(
-        [s for s in session.sites if any(p is policy for _, p in session.policies_at(s))]
-    )
-    places = [every.index(layer.experts) for layer in layers]
-    if policy.prune is None:
-        plans = _matrices(policy, layers, places)
+    acted = [s for s in session.sites if any(p is policy for _, p in session.policies_at(s))]
+    layers = [replace(x, place=every.index(x.experts)) for x in mixtures(acted)]
+    if policy.follows_matrices:
+        plans = _matrices(policy, layers)
     else:
-        plans = _plans(policy, layers, removals(policy.prune, layers, places, len(every)))
+        plans = _plans(policy, layers, removals(policy.prune, layers, len(every)))
     freed = 0
     for layer, (kept, matrix, plan) in zip(layers, plans, strict=True):
         if policy.takes_out:
@@ -233,11 +230,12 @@ def _plans(policy: Any, layers: list[Layer], counts: list[int]) -> list[Chosen]:
     return plans
 
 
-def _matrices(policy: Any, layers: list[Layer], places: list[int]) -> list[Chosen]:
-    """The plans of an artifact that brings matrices, for each mixture by its place in the model."""
+def _matrices(policy: Any, layers: list[Layer]) -> list[Chosen]:
+    """The plans of an artifact that brings matrices."""
     plans: list[Chosen] = []
-    for i, layer in zip(places, layers, strict=True):
-        merge, route = (policy.artifact.tensors.get(f"{n}.{i}") for n in ("merge", "route"))
+    for layer in layers:
+        i = layer.place
+        merge, route = (of_mixture(policy.artifact, n, layer) for n in ("merge", "route"))
         if merge is None or route is None or merge.shape != route.shape or merge.ndim != 2:
             raise ArtifactError(
                 f"expert_skip: the artifact has no matrices merge.{i} and route.{i} of one shape "
@@ -247,6 +245,12 @@ def _matrices(policy: Any, layers: list[Layer], places: list[int]) -> list[Chose
             raise ArtifactError(
                 f"expert_skip: merge.{i} is {tuple(merge.shape)}, and {layer.experts.name} has "
                 f"{layer.count} experts of which a token asks {layer.top_k or 1}"
+            )
+        whole = merge.isfinite().all() and route.isfinite().all()
+        if not whole or (route.sum(1) <= 0).any():
+            raise ArtifactError(
+                f"expert_skip: merge.{i} or route.{i} for {layer.experts.name} holds what is no "
+                "number, or routes nothing to one of the new experts; make the matrices anew"
             )
         none = torch.zeros(layer.count, dtype=torch.bool, device="cpu")
         plans.append((None, merge, Plan(none, mix=route)))
@@ -268,13 +272,22 @@ def scores_of(policy: Any, layer: Layer) -> Tensor:
 
 
 def _measured(policy: Any, criterion: str, layer: Layer) -> Tensor | None:
-    return None if policy.artifact is None else of_site(policy.artifact, criterion, layer.experts)
+    return None if policy.artifact is None else of_mixture(policy.artifact, criterion, layer)
 
 
-def of_site(artifact: Artifact, what: str, site: Site) -> Tensor | None:
-    """A tensor ``<what>.<i>`` of the i-th of the artifact's ``layers``, where ``site`` is that."""
-    names = artifact.meta.get("layers", [])
-    return artifact.tensors.get(f"{what}.{names.index(site.name)}") if site.name in names else None
+def of_mixture(artifact: Artifact, what: str, layer: Layer) -> Tensor | None:
+    return of_site(artifact, what, layer.experts, layer.place)
+
+
+def of_site(artifact: Artifact, what: str, site: Site, place: int) -> Tensor | None:
+    """The tensor ``<what>.<i>`` of a mixture: i is its place in the ``layers`` that an artifact
+    names, else its ``place`` in the model."""
+    names = artifact.meta.get("layers")
+    if names is not None:
+        if site.path not in names:
+            return None
+        place = names.index(site.path)
+    return artifact.tensors.get(f"{what}.{place}")
 
 
 def _said(policy: Any, layers: list[Layer], plans: list[Chosen], freed: int) -> str:
@@ -282,7 +295,7 @@ def _said(policy: Any, layers: list[Layer], plans: list[Chosen], freed: int) -> 
         int((~plan.hidden).sum()) if matrix is None else len(matrix) for _, matrix, plan in plans
     ]
     counts = str(left[0]) if len(set(left)) == 1 else f"{min(left)} to {max(left)}"
-    by = "matrices" if policy.prune is None else policy.criterion
+    by = "matrices" if policy.follows_matrices else policy.criterion
     text = (
         f"expert_skip: {counts} of {layers[0].count} experts left in {len(layers)} layers, by {by}"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import copyreg
+import warnings
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from accelerate_hooks.opaque import opaque_functions
 from accelerate_hooks.policies._pruning import Layer, stacked
 from accelerate_hooks.policies._twins import has_own_forward
 from accelerate_hooks.seam import Ledger, Override
+from accelerate_hooks.session import InertWarning
 from accelerate_hooks.site import Site
 
 _COUNTS = ("num_experts", "num_local_experts")  # what experts call their own number
@@ -30,6 +32,7 @@ class Removed:
         self.layer, self.kept, self.matrix, self.away, self.drop = layer, kept, matrix, away, drop
         module = self.module = layer.experts.module
         self.parameters = stacked(module)
+        self.versions: dict[str, int] = {}
         self.counts = {n: vars(module)[n] for n in _COUNTS if n in vars(module)}
 
     def left(self, parameter: Tensor) -> Tensor:
@@ -46,8 +49,20 @@ class Removed:
             )
         for name, parameter in self.parameters.items():
             now = self.module._parameters.get(name)
-            if now is not None and (now.device, now.dtype) != (parameter.device, parameter.dtype):
+            if now is None:
+                continue
+            if (now.device, now.dtype) != (parameter.device, parameter.dtype):
                 parameter.data = parameter.data.to(now.device, now.dtype)
+            if self.kept is not None and len(now) == len(self.kept):  # they may have been trained
+                parameter.data[self.kept] = now.data
+            elif now._version != self.versions[name]:
+                warnings.warn(
+                    f"expert_skip: {name} of {self.layer.experts.name} was changed while its "
+                    f"experts were merged; {what} has the experts as they were",
+                    InertWarning,
+                    stacklevel=3,
+                )
+            parameter.requires_grad_(now.requires_grad)
         return self.parameters
 
     def state(self, what: str) -> dict[str, Any]:
@@ -82,6 +97,7 @@ class Removed:
                 self.parameters[name] = whole = own[name]  # type: ignore[assignment]
                 own[name] = some[name]
                 some[name].data = self.left(whole)  # type: ignore[union-attr,arg-type]
+                self.versions[name] = some[name]._version  # type: ignore[union-attr]
                 if self.away:
                     whole.data = whole.data.cpu()  # type: ignore[union-attr]
 
@@ -153,6 +169,7 @@ def shrink(
     for name, parameter in before.items():
         some = removed.left(parameter)
         module._parameters[name] = nn.Parameter(some, requires_grad=parameter.requires_grad)
+        removed.versions[name] = module._parameters[name]._version  # type: ignore[union-attr]
         freed += (parameter.numel() - some.numel()) * parameter.element_size()
         vars(module).update(dict.fromkeys(removed.counts, len(some)))
         if away and not drop:

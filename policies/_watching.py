@@ -75,6 +75,7 @@ class Watch(Policy):
     policy: Any = None
     rule: str | None = None
     seen: dict[str, Seen] = field(default_factory=dict)
+    real: dict[str, Tensor | None] = field(default_factory=dict)  # the tokens that are no padding
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
@@ -114,9 +115,16 @@ class Watch(Policy):
         count = call.known(lambda: len(per_expert(call.site.module)))
         if stream is not None:
             stream = stream.flatten(0, -2) if stream.numel() == ys[:, 0].numel() else None
+        real = self.real.get("tokens")
+        if real is not None and real.numel() == len(indices):
+            some = real.flatten().bool().to(indices.device)
+            ys, indices, weights = ys[some], indices[some], weights[some]
+            stream = None if stream is None else stream[some]
+        if not len(indices):
+            return
         one_sum = self.rule is not None and call.known(lambda: _same(call), "normalises")
         seen = look(self.policy, self.rule, ys, indices, weights, count, stream, one_sum)
-        name = call.site.name
+        name = call.site.path
         if name in self.seen:
             self.seen[name].add(seen)
         else:
@@ -142,7 +150,7 @@ def look(
     asked.index_add_(0, places, torch.ones_like(w))
     for name, values in (("weight", w), ("norm", norm), ("both", w * norm)):
         sums[name].index_add_(0, places, values)
-    given = torch.zeros(count, ys.shape[-1], device="cpu")
+    given = torch.zeros(count, ys.shape[-1], dtype=torch.float32, device="cpu")
     given.index_add_(0, places, ys[valid].float().cpu())
     seen = Seen(float(len(ys)), asked, **sums, given=given)
     if rule is not None:
@@ -181,7 +189,7 @@ def thresholds(rule: str, k: int) -> Sequence[Any]:
 def watch(
     policy: Any, model: nn.Module, data: Any, rule: str | None, progress: bool
 ) -> dict[str, Seen]:
-    """What `Watch` sees over the calls of ``data``, by the name of the site."""
+    """What `Watch` sees over the calls of ``data``, by the path of the site."""
     from tqdm import tqdm
 
     items = calls(data)
@@ -191,6 +199,7 @@ def watch(
         if any(root.model.training for root in session.roots):
             raise SpecError("expert_skip: the model is in training mode; call model.eval() to fit")
         for item in tqdm(items, desc="experts", disable=not progress):
+            watching.real["tokens"] = tokens_of(item)
             forward(model, item)
     if not seen:
         raise SpecError("expert_skip: no experts were asked on this data")
@@ -211,6 +220,12 @@ def calls(data: Any) -> list[Any]:
                 f"[batch, tokens], of one call or a list of calls, not {type(item).__name__}"
             )
     return [i.unsqueeze(0) if isinstance(i, Tensor) and i.ndim == 1 else i for i in items]
+
+
+def tokens_of(item: Any) -> Tensor | None:
+    """Which tokens ``[batch, tokens]`` of a call are no padding, where it says so."""
+    mask = item.get("attention_mask") if isinstance(item, Mapping) else None
+    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
 def forward(model: nn.Module, item: Any) -> Any:

@@ -154,12 +154,12 @@ class ExpertSkip(Policy):
     @property
     def prunes(self) -> bool:
         """Whether experts are taken from the model as a whole."""
-        return self.prune is not None or bool(self._matrices)
+        return self.prune is not None or self.follows_matrices
 
     @property
     def takes_out(self) -> bool:
         """Whether experts are really gone, and not only hidden from their router."""
-        return self.merge or self.free_memory or self._matrices
+        return self.merge or self.free_memory or self.follows_matrices
 
     @property
     def trains(self) -> bool:  # type: ignore[override]
@@ -167,8 +167,10 @@ class ExpertSkip(Policy):
         return self.takes_out and self.top_k is None and not self.ragged
 
     @property
-    def _matrices(self) -> bool:
-        return self.artifact is not None and "merge.0" in self.artifact.tensors
+    def follows_matrices(self) -> bool:
+        """Whether an artifact says what new experts are made of which."""
+        names = () if self.artifact is None else self.artifact.tensors
+        return any(name.startswith("merge.") for name in names)
 
     @property
     def ragged(self) -> bool:
@@ -189,7 +191,7 @@ class ExpertSkip(Policy):
     def check(self, session: Any) -> list[str]:
         refuse_deleted(session.sites)
         for root in session.roots:
-            count = sum(site.kind == "experts" for site in root.sites)
+            count = sum(s.kind == "experts" and not s.visit for s in root.sites)
             for name in self.rules:
                 value = getattr(self, name)
                 if isinstance(value, tuple) and len(value) != count:

@@ -320,6 +320,25 @@ class Turns(DiffusionPipeline):
         return x
 
 
+@pytest.mark.parametrize("scope", ["model", "stack"])
+def test_a_model_under_two_names_is_one_model(scope):
+    """Wan's pipelines name two transformers, which may be the same."""
+    inputs = TINY["wan"].inputs(1)
+    other = inputs["encoder_hidden_states"].flip(1)
+    policy = LazyStep(scope=scope, criterion="cadence", every=3, warmup=1, cooldown=1)
+    model = TINY["wan"].build()
+    calls = []
+    handle = model.blocks[1].register_forward_hook(lambda *_: calls.append(1))
+    pipe = Turns(model, model, FlowMatchEulerDiscreteScheduler())
+    with enable(pipe, policy) as session:
+        pipe(inputs, other)
+        site = next(s for s in session.sites if s.path == ("" if scope == "model" else "blocks.1"))
+        assert len(calls) == session.record(site).computed < 24
+        assert len(session.roots) == 1 and session.skips
+        assert "transformer_2 is the model that transformer is" in str(session.report())
+    handle.remove()
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_a_second_model_of_a_run_takes_nothing_from_the_first(seed):
     """What is found out about the second in its first forward must not make the first run another

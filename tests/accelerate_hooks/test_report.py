@@ -354,7 +354,7 @@ def test_an_unknown_suffix(dit: Any, tmp_path: Path, name: str) -> None:
         session.report().save(tmp_path / name)
 
 
-@pytest.mark.parametrize("wrong", [None, 3, ["r.json"]])
+@pytest.mark.parametrize("wrong", [None, 3, ["r.json"], "a\0.json"])
 def test_a_report_is_saved_to_a_path(dit: Any, wrong: Any) -> None:
     with enable(dit, Every()) as session, pytest.raises(AccelerateHooksError, match="path"):
         session.report().save(wrong)

@@ -4,6 +4,7 @@ share their scheduler, or are given other models."""
 import contextlib
 import copy
 import gc
+import itertools
 import math
 import pickle
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from tiny_models import TINY
 from torch import nn
 
 import accelerate_hooks as ah
+from accelerate_hooks.patches.diffusers import DiffusersPatch
 from accelerate_hooks.policies import LazyStep
 
 pytestmark = pytest.mark.filterwarnings(
@@ -534,3 +536,12 @@ def test_levels_between_the_sigmas_are_those_that_the_model_sees(kind, steps):
         assert session.report().to_dict()["runs"]["count"] == 1
     told = [step.noise[1] / step.noise[0] for step in SEEN]
     assert told == pytest.approx(seen, rel=2e-3)
+
+
+def test_the_last_stride_of_a_scheduler_that_counts_up():
+    """Mochi's goes from 0 to 1."""
+    scheduler = FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
+    scheduler.set_timesteps(20)
+    strides = DiffusersPatch().strides(scheduler)
+    sigmas = [float(s) for s in scheduler.sigmas]
+    assert strides == pytest.approx([b - a for a, b in itertools.pairwise(sigmas)])

@@ -295,6 +295,12 @@ def test_recipe_files_that_are_not_there(tmp_path: Path, monkeypatch: pytest.Mon
         parse(str(tmp_path / "none.json"), REGISTRY)
     with pytest.raises(RecipeError, match=r"ends in \.json"):
         save_recipe(tmp_path / "r.txt", [])
+    for wrong in (None, 3):
+        with pytest.raises(RecipeError, match="to a path"):
+            save_recipe(wrong, [])  # type: ignore[arg-type]
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(RecipeError, match="not JSON"):
+        load_recipe(tmp_path / "deep.json", REGISTRY)
     with pytest.raises(RecipeError, match="cannot be written"):
         save_recipe(tmp_path / "no" / "folder.json", [])
     (tmp_path / "r.yaml").write_text("a: [")

@@ -50,6 +50,8 @@ def test_equal_models_accept_all_and_parts_agree(monkeypatch):
         (torch.zeros(2, 3), torch.zeros(2, 4), "of one shape"),
         (torch.zeros(2, 3).long(), torch.zeros(2, 3), "floating-point"),
         (torch.zeros(2, 0), torch.zeros(2, 0), "no vocabulary"),
+        ([0.0], torch.zeros(1), "give tensors"),
+        (torch.zeros(2, 3), torch.zeros(2, 3, device="meta"), "on one device"),
     ],
 )
 def test_errors_name_the_cause_and_the_fix(p, q, words):

@@ -393,6 +393,17 @@ def test_a_block_is_no_longer_than_what_there_is(choice, size, n, m, monkeypatch
     torch.testing.assert_close(out, wanted, atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("block", [16, 24])
+@pytest.mark.parametrize("choice", ["auto", "torch"])
+def test_heads_of_no_channels_are_no_work(choice, block, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_HOOKS_KERNELS", choice)
+    q = torch.zeros(1, 2, 40, 0)
+    mask = torch.ones(1, 1, math.ceil(40 / block), math.ceil(40 / block), dtype=torch.bool)
+    out, lse = block_sparse_attention(q, q, q, mask, block_size=block, scale=1.0, return_lse=True)
+    assert out.shape == q.shape
+    assert torch.allclose(lse, torch.full((1, 2, 40), math.log(40)))
+
+
 def test_no_heads_are_no_work():
     q = torch.zeros(1, 0, 8, 4)
     assert block_sparse_attention(q, q, q, torch.ones(1, 1, 1, 1).bool()).shape == q.shape

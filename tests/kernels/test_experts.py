@@ -232,6 +232,12 @@ def test_without_a_compiler_it_agrees(monkeypatch):
         ({"indices": torch.zeros(3, 2, dtype=torch.bool)}, "give integers"),
         ({"up_bias": torch.zeros(4, 63)}, "up_bias is"),
         ({"hidden": torch.zeros(3, 16, requires_grad=True)}, "no backward"),
+        ({"weights": torch.ones(3, 2, device="meta")}, "one device"),
+        ({"hidden": None}, "give dense tensors"),
+        ({"up": [1.0]}, "give dense tensors"),
+        ({"down": torch.eye(2).to_sparse()}, "give dense tensors"),
+        ({"weights": torch.ones(3, 2, dtype=torch.complex64)}, "give floats"),
+        ({"gated": "yes"}, "give a bool"),
     ],
 )
 def test_errors_name_the_cause_and_the_fix(change, words):

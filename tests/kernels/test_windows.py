@@ -89,6 +89,13 @@ def test_a_wide_window_is_dense_attention():
     torch.testing.assert_close(out, causal, atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("grid", "tile"), [((40,), (1 << 30,)), ((5, 8), (1 << 20, 1 << 20))])
+def test_a_tile_is_no_longer_than_what_there_is(grid, tile):
+    q = torch.randn(1, 2, 40, 16, generator=torch.Generator().manual_seed(0))
+    out = window_attention(q, q, q, 1, grid=grid, tile=tile)
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, q, q), atol=2e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("grid", [None, (0,), (0, 5), (3, 0, 2)])
 def test_no_tokens_are_no_work(grid):
     q = torch.zeros(2, 3, 0, 8)

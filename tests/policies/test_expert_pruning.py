@@ -6,11 +6,14 @@ import pickle
 from collections import UserDict
 from dataclasses import replace
 
+import contract
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from moe_models import MOE
 from tiny_models import TINY
+from torch import nn
 from transformers import DeepseekV3ForCausalLM
 
 from accelerate_hooks import ExpertSkip, SpecError, active, enable
@@ -410,9 +413,97 @@ def test_wrong_matrices_are_refused():
         ([torch.eye(6)] * 3, "no matrices merge.3"),
         ([torch.eye(5)] * 4, "has 6 experts"),
         ([torch.eye(6)[:2]] * 4, "asks 4"),
+        ([torch.eye(6) * torch.nan] * 4, "no number"),
+        ([torch.zeros(6, 6)] * 4, "routes nothing"),
     ):
         with pytest.raises(ArtifactError, match=words):
             enable(model, eep(model, matrices))
+
+
+def test_matrices_are_followed_whatever_only_and_prune_say():
+    model, inputs = tiny()
+    last = torch.eye(6).roll(1, 0)
+    policy = eep(model, [torch.eye(6)] * 3 + [torch.eye(6)[:4] + last[:4]])
+    whole = run(model, inputs, policy)
+    assert not torch.equal(whole, run(model, inputs))
+    alone = ExpertSkip(artifact=Artifact.create(
+        {n: t for n, t in policy.artifact.tensors.items() if n.endswith(".3")},
+        policy="expert_skip", model=model,
+    ))  # fmt: skip
+    with torch.no_grad(), enable(model, alone, only="model.layers.3.*"):
+        assert torch.allclose(model(**inputs).logits, whole, atol=1e-5)
+    both = run(model, inputs, replace(policy, prune=0.25, merge=True))
+    assert torch.equal(both, whole)
+
+
+@pytest.mark.parametrize("free", [True, False])
+def test_what_is_done_to_the_experts_that_stay_stays(free):
+    """They may be trained, and frozen, while the others are out."""
+    model, inputs = tiny()
+    policy = (
+        ExpertSkip(prune=0.25, free_memory=True) if free else ExpertSkip(prune=0.25, merge=True)
+    )
+    experts = model.model.layers[1].mlp.experts
+    before = experts.down_proj.detach().clone()
+    session = enable(model, policy)
+    model.requires_grad_(False)
+    with torch.no_grad():
+        experts.down_proj.mul_(2.0)
+    got = run(model, inputs) if free else None
+    saved = model.state_dict()["model.layers.1.mlp.experts.down_proj"].clone() if free else None
+    if free:
+        session.disable()
+        assert not torch.equal(got, run(*tiny()))
+        ratio = (experts.down_proj / before).flatten(1).mean(1)
+        assert sorted(ratio.round().tolist()) == [1.0, 2.0, 2.0, 2.0, 2.0, 2.0]
+        assert torch.equal(saved, experts.down_proj)
+    else:
+        with pytest.warns(InertWarning, match="changed while its experts were merged"):
+            session.disable()
+        assert torch.equal(experts.down_proj, before)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("policy", [
+    [ExpertSkip(prune=0.25, mass=0.5)],
+    [ExpertSkip(prune=0.25), ExpertSkip(mass=0.5)],
+    [ExpertSkip(prune=0.25, top_k=1)],
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("name", ["hidream", "qwen3_moe", "jamba", "deepseek_ocr2"])
+def test_a_first_forward_is_pruned_like_the_next(name, policy):
+    """A look at the router is no visit of it."""
+    model, inputs = MOE[name].build(), MOE[name].inputs(2)
+    with torch.no_grad(), enable(model, policy, strict=False):
+        first, second = (contract.flat(model(**inputs))[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+class Twice(nn.Module):
+    """A mixture that is asked twice in a forward."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x) + 0.5 * self.inner(0.7 * x)
+
+
+def test_a_mixture_that_runs_twice_is_one_mixture():
+    model, inputs = tiny()
+    layer = model.model.layers[1]
+    layer.mlp = Twice(layer.mlp)
+    masked = run(model, inputs, ExpertSkip(prune=0.25))
+    gone = run(model, inputs, ExpertSkip(prune=0.25, free_memory=True))
+    assert torch.equal(masked, gone) and not torch.equal(masked, run(model, inputs))
+    fitted = ExpertSkip(mass=0.5).fit(model, inputs, target=2.0, progress=False)
+    assert len(fitted.mass) == 4
+    run(model, inputs, fitted)
+    with torch.no_grad(), enable(model, ExpertSkip(top_k=(4, 1, 4, 4))) as session:
+        model(**inputs)
+        acted = {v["site"] for v in session.report().steps if v["action"] != "computed"}
+    name = "model.layers.1.mlp.inner.experts"
+    assert acted == {name, f"{name}#1"}
 
 
 # -- fitting ---------------------------------------------------------------------------------------
@@ -460,6 +551,58 @@ def test_fitting_says_what_it_lacks(policy, given_, words):
     model, inputs = tiny()
     with pytest.raises(SpecError, match=words):
         policy.fit(model, [inputs], progress=False, **given_)
+
+
+@pytest.mark.parametrize("generations", [0, -1, "3", 2.0])
+def test_generations_are_a_number(generations):
+    model, inputs = tiny()
+    with pytest.raises(SpecError, match="give an integer"):
+        ExpertSkip(prune=0.2).fit(
+            model, inputs, target=0.2, generations=generations, progress=False
+        )
+
+
+@pytest.mark.parametrize("policy", [ExpertSkip(mass=0.5), ExpertSkip(prune=0.2)], ids=str)
+def test_padding_tells_nothing(policy):
+    model, inputs = tiny()
+    ids = inputs["input_ids"]
+    pad = torch.zeros(len(ids), 40, dtype=ids.dtype)
+    wide = torch.cat((ids, pad), 1)
+    mask = torch.cat((torch.ones_like(ids), pad), 1)
+    target = None if policy.prune else 2.0
+    data = UserDict(input_ids=wide, attention_mask=mask)  # as tokenizers give
+    padded = policy.fit(model, data, target=target, progress=False)
+    plain = policy.fit(model, {"input_ids": ids}, target=target, progress=False)
+    a, b = padded.artifact.tensors, plain.artifact.tensors
+    assert a.keys() == b.keys()
+    assert all(torch.allclose(a[n].float(), b[n].float(), rtol=1e-2, atol=1e-3) for n in a)
+    assert padded.artifact.meta.get("tokens") == plain.artifact.meta.get("tokens")
+
+
+@pytest.mark.parametrize("data", [True, False])
+def test_mixtures_that_ask_different_numbers_of_experts_are_fitted(data):
+    model, inputs = tiny()
+    for layer, k in zip(model.model.layers, (2, 4, 4, 3), strict=True):
+        layer.mlp.gate.top_k = k
+    fitted = ExpertSkip(top_k=1).fit(model, inputs if data else None, target=2.5, progress=False)
+    kept = [min(a, b) for a, b in zip(fitted.top_k, (2, 4, 4, 3), strict=True)]
+    assert 2.0 <= sum(kept) / 4 <= 2.5
+    with pytest.raises(SpecError, match=r"keeps 1\.00 to 3\.25 here"):
+        ExpertSkip(mass=0.5).fit(model, inputs, target=3.5, progress=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("policy", [ExpertSkip(mass=0.5), ExpertSkip(prune=0.2)], ids=str)
+def test_fitting_does_not_depend_on_the_default_dtype(policy, dtype):
+    model, inputs = tiny()
+    target = None if policy.prune else 2.0
+    wanted = policy.fit(model, inputs, target=target, progress=False).artifact.tensors
+    torch.set_default_dtype(dtype)
+    try:
+        got = policy.fit(model, inputs, target=target, progress=False).artifact.tensors
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(got[n], wanted[n]) for n in wanted)
 
 
 def test_data_is_one_call_or_several_of_ids_or_keyword_arguments():

@@ -253,6 +253,19 @@ def test_the_mean_of_an_expert_stands_in_for_it(name, rule):
     assert dropped
 
 
+@pytest.mark.parametrize("rule", [{"mass": 0.6}, {"top_k": 2}], ids=str)
+def test_the_means_follow_the_model_to_another_dtype(rule):
+    model, inputs = TINY["qwen3_moe"].build(), TINY["qwen3_moe"].inputs(2)
+    fitted = ExpertSkip(mass=0.5).fit(model, inputs, target=2.0, progress=False)
+    policy = ExpertSkip(**rule, artifact=fitted.artifact)
+    with torch.no_grad(), enable(model, policy):
+        model(**inputs)
+        model.bfloat16()
+        got = model(**inputs).logits
+    with torch.no_grad(), enable(model, policy):
+        assert torch.equal(model(**inputs).logits, got)
+
+
 def test_nothing_stands_in_where_all_are_kept():
     model, inputs = TINY["qwen3_moe"].build(), TINY["qwen3_moe"].inputs(2)
     fitted = ExpertSkip(mass=0.5).fit(model, [inputs], target=1.5, progress=False)
