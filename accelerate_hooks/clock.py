@@ -42,6 +42,11 @@ class Clock:
             == other.storage.untyped_storage().data_ptr()
         )
 
+    def other_schedule(self, other: Clock) -> bool:
+        """Whether both are views of schedules, and not of the same."""
+        known = self.offset is not None and other.offset is not None
+        return known and not self.same_schedule(other)
+
     def place_in(self, timesteps: Any, by_value: bool = False) -> int | None:
         """Which of a scheduler's timesteps this is a view of (or has the value of, where only one
         has and the host knows it); None for none."""
@@ -60,8 +65,8 @@ class Clock:
         """+1 or -1 when time moved on (offsets count as +1), 0 when not, None when unknown."""
         if self.same_schedule(later):
             return (later.offset > self.offset) - (later.offset < self.offset)  # type: ignore
-        if self.offset is not None and later.offset is not None:
-            return None  # another schedule: whatever its values, another generation
+        if self.other_schedule(later):
+            return None  # whatever its values, another generation
         if self.value is None or later.value is None:
             return None
         return (later.value > self.value) - (later.value < self.value)

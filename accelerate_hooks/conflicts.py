@@ -19,7 +19,7 @@ def check(plan: dict[Site, list[tuple[int, Policy]]]) -> None:
         acts = [(policy, policy.acts(site)) for _, policy in policies]
         replacing = [policy for policy, effects in acts if Effect.REPLACE in effects]
         if len(replacing) > 1:
-            names = " and ".join(policy.name for policy in replacing)
+            names = " and ".join(str(policy) for policy in replacing)
             raise PolicyConflictError(
                 f"{names} both replace {site.name}; keep one, or give each its own sites with '@'"
             )
@@ -29,6 +29,6 @@ def check(plan: dict[Site, list[tuple[int, Policy]]]) -> None:
         for (outer, a), (inner, b) in itertools.pairwise(ranked):
             if a > b:
                 raise PolicyConflictError(
-                    f"at {site.name} {inner.name} skips what {outer.name} reshapes or replaces; "
-                    f"list {inner.name} before {outer.name}"
+                    f"at {site.name} {inner} skips what {outer} reshapes or replaces; "
+                    f"list {inner} before {outer}"
                 )

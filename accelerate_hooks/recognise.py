@@ -131,6 +131,9 @@ class Recogniser:
         trail = self._trail.get()
         if explicit is not None:
             trail = explicit.trails.get(self)
+            if trail is not None and self._begins(trail, clock):
+                explicit.restart()
+                trail = None
             if trail is None:
                 self._stop()
                 trail = explicit.trails[self] = Trail(explicit, shape, clock)
@@ -217,7 +220,16 @@ class Recogniser:
     def _moved(self, trail: Trail, clock: Clock | None) -> bool:
         if clock is None or trail.clock is None:
             return True
-        return bool(trail.clock.direction_to(clock))
+        direction = trail.clock.direction_to(clock)
+        return bool(self._course(trail, clock) if direction is None else direction)
+
+    def _begins(self, trail: Trail, clock: Clock | None) -> bool:
+        """Whether another generation begins in a declared run: with another schedule, on which time
+        does not go on (some loops make a schedule anew at each step)."""
+        if clock is None or trail.clock is None or not trail.clock.other_schedule(clock):
+            return False
+        known = trail.clock.value is not None and clock.value is not None
+        return not known or self._turned(trail, clock)
 
     def _turned(self, trail: Trail, clock: Clock | None) -> bool:
         """Whether time runs against the direction that it had in this run."""

@@ -487,8 +487,16 @@ class Session:
         make = self._reach.get(call.site)
         make = AttentionMode if make is None else make
         mode = make(fn, lengths(call), call.layout)
-        with mode:
-            out = call.proceed()
+        try:
+            with mode:
+                out = call.proceed()
+        except Exception as error:
+            if not type(error).__module__.startswith("torch._dynamo"):
+                raise
+            raise UnsupportedModelError(
+                f"{call.site.name}: its attention compiles itself (the flex backend), and what is "
+                "reached from outside cannot be compiled; choose another backend of attention"
+            ) from error
         if mode.calls == 0:
             raise UnsupportedModelError(
                 f"{call.site.name} ({type(call.site.module).__name__} in "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -51,6 +52,9 @@ def rebuild(tree: Any, children: list[Any]) -> Any:
     ordered-mapping output classes of transformers and diffusers)."""
     if isinstance(tree, Mapping):
         items = dict(zip(tree, children, strict=True))
+        if dataclasses.is_dataclass(tree):  # fields that are None are no items
+            names = [field.name for field in dataclasses.fields(tree)]
+            items = {name: items.get(name, getattr(tree, name)) for name in names}
         return items if type(tree) is dict else type(tree)(**items)
     if hasattr(tree, "_fields"):
         return type(tree)(*children)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from accelerate_hooks.kernels._dispatch import FALLBACKS, KernelError
+from accelerate_hooks.kernels._dispatch import FALLBACKS, KernelError, heard
 from accelerate_hooks.kernels.acceptance import esap
 from accelerate_hooks.kernels.block_sparse import block_sparse_attention
 from accelerate_hooks.kernels.experts import skip_experts
@@ -18,6 +18,7 @@ __all__ = [
     "attention_mass",
     "block_sparse_attention",
     "esap",
+    "heard",
     "pool_tokens",
     "select_blocks",
     "skip_experts",

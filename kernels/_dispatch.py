@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import importlib.util
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,7 +20,9 @@ from accelerate_hooks.kernels import _native as native
 CHOICES = ("auto", "torch", "triton")
 FALLBACKS: Counter[tuple[str, str]] = Counter()
 """How often Triton or C could not take what it was given, by (op, reason)."""
-
+_HEARD: contextvars.ContextVar[set[tuple[str, str]] | None] = contextvars.ContextVar(
+    "accelerate_hooks_heard", default=None
+)
 
 _LIBRARY = torch.library.Library("accelerate_hooks", "FRAGMENT")
 
@@ -48,6 +52,17 @@ def require(ok: bool, message: str | Callable[[], str]) -> None:
     which cannot be written."""
     if not ok:
         raise KernelError(message if isinstance(message, str) else message())
+
+
+def require_tensors(**given: object) -> None:
+    for name, t in given.items():
+        fine = isinstance(t, Tensor) and t.layout == torch.strided
+        require(fine, lambda name=name, t=t: f"{name} is {described(t)}; give a dense tensor")
+
+
+def require_scale(scale: object) -> None:
+    ok = scale is None or (isinstance(scale, (int, float, torch.SymFloat)) and scale is not True)
+    require(ok, lambda: f"scale is {described(scale)}; give a number")
 
 
 def described(given: object) -> str:
@@ -89,6 +104,24 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
+@contextmanager
+def heard() -> Generator[set[tuple[str, str]]]:
+    """The ops that run without their fast kernel inside, in this thread and task, and why."""
+    found: set[tuple[str, str]] = set()
+    token = _HEARD.set(found)
+    try:
+        yield found
+    finally:
+        _HEARD.reset(token)
+
+
+def _fall_back(op: str, why: str) -> None:
+    FALLBACKS[op, why] += 1
+    found = _HEARD.get()
+    if found is not None:
+        found.add((op, why))
+
+
 def use_triton(op: str, device: torch.device, unfit: str | None) -> bool:
     """Whether ``op`` runs in Triton. ``unfit`` says why these arguments cannot; that is counted
     wherever Triton would have run otherwise."""
@@ -100,7 +133,7 @@ def use_triton(op: str, device: torch.device, unfit: str | None) -> bool:
     if unfit is None and not _has_triton():
         unfit = "Triton is not installed"
     if unfit is not None:
-        FALLBACKS[op, unfit] += 1
+        _fall_back(op, unfit)
     return unfit is None
 
 
@@ -114,7 +147,7 @@ def use_native(op: str, source: str, unfit: str | None) -> bool:
         except native.Unavailable as error:
             unfit = str(error)
     if unfit is not None:
-        FALLBACKS[op, unfit] += 1
+        _fall_back(op, unfit)
     return unfit is None
 
 

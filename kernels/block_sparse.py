@@ -26,6 +26,8 @@ from accelerate_hooks.kernels._dispatch import (
     operator,
     require,
     require_no_gradient,
+    require_scale,
+    require_tensors,
     use_native,
     use_triton,
 )
@@ -108,6 +110,8 @@ def block_sparse_attention(
     if key_mask is not None:
         check_key_mask(key_mask, k)
         key_mask = key_mask.expand(len(q), -1)
+    require_scale(scale)
+    require(isinstance(is_causal, bool), f"is_causal={is_causal!r}; give a bool")  # pyright: ignore[reportUnnecessaryIsInstance]
     scale = 1.0 / math.sqrt(max(q.shape[3], 1)) if scale is None else scale
     out, lse = torch.ops.accelerate_hooks.block_sparse_attention(
         q, k, v, counts, indices, key_mask, bq, bk, is_causal, scale, return_lse
@@ -387,6 +391,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, bq: int, bk: int, gqa: bool) -> None:
             ok, lambda: f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: {message}"
         )
 
+    require_tensors(q=q, k=k, v=v)
     fit(q.ndim == k.ndim == v.ndim == 4, "give [batch, heads, tokens, head size]")
     fit(k.shape == v.shape, "k and v differ in shape")
     fit(

@@ -15,13 +15,14 @@ import math
 import torch.nn.functional as F
 from torch import Tensor
 
-from accelerate_hooks.kernels._dispatch import are_sizes, require
+from accelerate_hooks.kernels._dispatch import are_sizes, require, require_tensors
 
 
 def pool_tokens(x: Tensor, grid: tuple[int, ...], region: tuple[int, ...]) -> Tensor:
     """``x`` is ``[..., tokens, D]`` with ``tokens = prod(grid)``; ``grid`` and ``region`` have one,
     two or three axes. Returns ``[..., prod(ceil(grid / region)), D]`` in raster order of the
     regions and the dtype of ``x``; sums are in float32 (float64 for float64)."""
+    require_tensors(x=x)
     require(
         are_sizes(grid) and are_sizes(region),
         lambda: f"grid={grid!r}, region={region!r}: give tuples of integers",

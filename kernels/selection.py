@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from accelerate_hooks.kernels._dispatch import described, require
+from accelerate_hooks.kernels._dispatch import described, require, require_tensors
 from accelerate_hooks.kernels.block_sparse import check, check_key_mask
 
 Rule = Literal["quantile", "row", "mass"]
@@ -56,6 +56,8 @@ class Selection:
         visible: Tensor | None = None,
     ) -> Selection:
         require(rule in ("quantile", "row", "mass"), f"rule={rule!r}; give quantile, row or mass")
+        fine = type(sinks) is int and sinks >= 0
+        require(fine, lambda: f"sinks={sinks!r}; give an integer of at least 0")
         seen = _fits(visible, (rows, columns), True, "visible")
         down = _fits(dense_rows, (rows,), False, "dense_rows").unsqueeze(1)
         whole = seen & (down | _fits(dense_columns, (columns,), False, "dense_columns"))
@@ -148,6 +150,7 @@ def select_blocks(
     ``dense_columns`` ``[C]`` are bools on the host of rows and columns to keep whole (text),
     ``visible`` ``[R, C]`` of blocks that may be kept at all (causal).
     """
+    require_tensors(scores=scores)
     require(
         scores.ndim >= 2 and scores.is_floating_point(),
         lambda: (

@@ -126,11 +126,31 @@ def _line(given: dict[str, Any], values: Any) -> TokenLayout | None:
     return None if x is None or x.ndim < 2 else TokenLayout(1, 1, x.shape[1])
 
 
+class _Key(str):
+    """The name of our function, that is found under it, and equal to the name that it stands for:
+    some models ask which implementation they have."""
+
+    stands_for: str
+
+    def __new__(cls, key: str, stands_for: str) -> _Key:
+        new = super().__new__(cls, key)
+        new.stands_for = stands_for
+        return new
+
+    def __eq__(self, other: object) -> bool:
+        return str.__eq__(self, other) is True or other == self.stands_for
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = str.__hash__
+
+
 def _private(config: Any, key: str, original: Any) -> Any:
     """A copy of a config that names our key, whose own copies are those of the plain config: a
     deep copy or an unpickled model never asks for a key that only a living session answers."""
     changed = copy.copy(config)
-    changed._attn_implementation_internal = key
+    changed._attn_implementation_internal = _Key(key, config._attn_implementation)
     vars(changed)["_accelerate_hooks"] = (config, original)
     changed.__class__ = _returning(type(config))
     return changed
@@ -184,19 +204,19 @@ def _dispatch(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    mask: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> Any:
     _, original = vars(module.config)["_accelerate_hooks"]
     context = _current.get()
     if context is None:
-        return original(module, query, key, value, mask, **kwargs)
+        return original(module, query, key, value, attention_mask, **kwargs)
     weights = None
 
     def default(**changes: Any) -> torch.Tensor:
         nonlocal weights
         q, k, v = (changes.get(n, t) for n, t in (("query", query), ("key", key), ("value", value)))
-        out, weights = original(module, q, k, v, changes.get("attn_mask", mask), **kwargs)
+        out, weights = original(module, q, k, v, changes.get("attn_mask", attention_mask), **kwargs)
         return out.transpose(1, 2)
 
     causal = kwargs.get("is_causal")
@@ -222,8 +242,8 @@ def _dispatch(
             query,
             key,
             value,
-            mask,
-            bool(causal) and mask is None and query.shape[2] > 1,
+            attention_mask,
+            bool(causal) and attention_mask is None and query.shape[2] > 1,
             kwargs.get("scaling"),
             query.shape[1] // key.shape[1],
             context.calls - 1,

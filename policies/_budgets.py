@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -90,7 +90,7 @@ class Probe(Policy):
 def measure(
     policy: Policy,
     model: Any,
-    data: Sequence[Any],
+    data: Any,
     *,
     visits: int,
     resume: str | None,
@@ -99,15 +99,21 @@ def measure(
     """The curves of every layer over the calls of ``data``."""
     from tqdm import tqdm
 
-    items = list(data)
-    if not items:
-        raise SpecError("draft_attention: fit needs at least one item in data")
+    if type(visits) is not int or visits < 1:
+        raise SpecError(f"draft_attention: visits={visits!r}; give an integer of at least 1")
+    alone = isinstance(data, Mapping) or not isinstance(data, Iterable)
+    items = [data] if alone else list(data)
+    if not items or not all(isinstance(item, Mapping) for item in items):
+        raise SpecError(
+            "draft_attention: data to fit on is keyword arguments of the model or pipeline, of one "
+            f"call or a list of at least one, not {data!r:.60}"
+        )
     kept = Resume(resume, model=model_of(model), data=items, policy=policy, visits=visits)
     curves, first = _resumed(kept)
     for number, item in enumerate(tqdm(items, desc="densities", disable=not progress)):
         if number < first:
             continue
-        steps = item.get("num_inference_steps") if isinstance(item, dict) else None
+        steps = item.get("num_inference_steps") if isinstance(item, Mapping) else None
         every = max(1, math.ceil(steps / visits)) if steps else 1
         with enable(model, Probe(policy=policy, every=every, curves=curves)), torch.no_grad():
             model(**item)

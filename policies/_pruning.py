@@ -108,6 +108,16 @@ def aimer(matrices: list[Tensor]) -> Tensor:
 
 def importance(layer: Layer) -> Tensor:
     """What `aimer` makes of each expert ``[E]``, the greater the more it is missed."""
+    module = layer.experts.module
+    changed = layer.experts.path.endswith(".base_layer") or any(
+        hasattr(m, "parametrizations") for m in module.modules()
+    )
+    if changed:
+        raise UnsupportedModelError(
+            f"expert_skip: the weights of {layer.experts.name} are not what it computes with (an "
+            "adapter, a parametrization); merge it first, or fit a criterion that looks at "
+            "activations"
+        )
     if not all(m.is_floating_point() and not m.is_meta for m in _flat(layer.experts.module)):
         raise UnsupportedModelError(
             f"expert_skip: the weights of {layer.experts.name} are quantised or offloaded; prune "
@@ -209,7 +219,7 @@ Chosen = tuple[Tensor | None, Tensor | None, Plan]
 def _plans(policy: Any, layers: list[Layer], counts: list[int]) -> list[Chosen]:
     plans: list[Chosen] = []
     for layer, removed in zip(layers, counts, strict=True):
-        scores = scores_of(policy, layer)
+        scores = scores_of(policy, layer) if removed else torch.zeros(layer.count, device="cpu")
         kept = survivors(scores, removed)
         if not layer.serves(kept):
             raise SpecError(

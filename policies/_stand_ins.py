@@ -16,7 +16,7 @@ from torch import Tensor
 from accelerate_hooks.call import Call
 from accelerate_hooks.errors import ArtifactError
 from accelerate_hooks.opaque import opaque_functions
-from accelerate_hooks.policies._pruning import of_site
+from accelerate_hooks.policies._pruning import of_site, per_expert
 
 NAME = "mean"
 
@@ -36,10 +36,12 @@ def means_of(policy: Any, call: Call) -> Tensor | None:
         found = of_site(policy.artifact, NAME, call.site, call.depth)
         if found is None:
             return None
-        if found.ndim != 2 or found.shape[1] != call.x.shape[-1]:
+        count = len(per_expert(call.site.module))
+        if tuple(found.shape) != (count, call.x.shape[-1]) or not found.isfinite().all():
             raise ArtifactError(
                 f"expert_skip: the artifact's mean outputs for {call.site.name} are "
-                f"{tuple(found.shape)}, for tokens of {call.x.shape[-1]}; fit again"
+                f"{tuple(found.shape)}, for {count} experts and tokens of {call.x.shape[-1]}, or "
+                "not all numbers; fit again"
             )
         several = torch.distributed.is_available() and torch.distributed.is_initialized()
         if several and torch.distributed.get_world_size() > 1:  # who add up their parts

@@ -7,7 +7,8 @@ one where all logits are large, and to about the same where all are small.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from accelerate_hooks.opaque import opaque_functions
 from accelerate_hooks.policies import _lists, _weighing
 from accelerate_hooks.policies._routers import chosen
 from accelerate_hooks.policies._twins import Bare, StandIn, router_of, twin
+from accelerate_hooks.recognise import version_of
 
 _TOKENS = 256
 _SAME = 1e-2  # sums of bfloat16 weights differ by as much
@@ -39,7 +41,7 @@ def normalises(call: Call) -> Tensor | None:
     for ask in (_by_owner, _by_router) if call.routing is not None else (_by_list, _by_marks):
         for x in _noise(call):
             try:
-                with call.beside(asked=False), torch.no_grad():
+                with call.beside(asked=False), torch.no_grad(), _untouched(call):
                     totals = ask(call, x)
             except Exception:  # code of others, called with less than it wants
                 continue
@@ -57,6 +59,25 @@ def _noise(call: Call) -> Iterator[Tensor]:
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(_TOKENS, width, generator=generator, device="cpu")
         yield from ((x * scale).to(call.x).unsqueeze(0), (x * scale).to(call.x))
+
+
+@contextmanager
+def _untouched(call: Call) -> Generator[None]:
+    """What routers count in buffers, they do not count of noise."""
+    around = next((m for m, _ in call.around() if router_of(m)), call.site.module)
+    held = [
+        (module, name, buffer, buffer.clone(), version_of(buffer))
+        for module in around.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        for module, name, buffer, before, version in held:
+            if version_of(buffer) != version or buffer.is_inference():
+                buffer.copy_(before)
+            module._buffers[name] = buffer
 
 
 def _owner(call: Call) -> tuple[nn.Module, str]:

@@ -49,7 +49,7 @@ class Removed:
             )
         for name, parameter in self.parameters.items():
             now = self.module._parameters.get(name)
-            if now is None:
+            if now is None or now.is_meta:  # somebody has offloaded what was left
                 continue
             if (now.device, now.dtype) != (parameter.device, parameter.dtype):
                 parameter.data = parameter.data.to(now.device, now.dtype)

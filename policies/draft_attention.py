@@ -16,9 +16,9 @@ from accelerate_hooks.attention import Attention
 from accelerate_hooks.call import Call
 from accelerate_hooks.errors import ArtifactError, SpecError, UnsupportedModelError
 from accelerate_hooks.kernels import (
-    FALLBACKS,
     attention_mass,
     block_sparse_attention,
+    heard,
 )
 from accelerate_hooks.opaque import opaque_functions, uncompiled
 from accelerate_hooks.policies._regions import Plan
@@ -168,10 +168,12 @@ class DraftAttention(Policy):
         from accelerate_hooks.policies import _budgets
 
         share = 1.0 - self.sparsity if target is None else target
-        if self.mass is not None or not 0.0 < share < 1.0:
+        least = _budgets.GRID[0]
+        number = isinstance(share, (int, float)) and type(share) is not bool  # pyright: ignore[reportUnnecessaryIsInstance]
+        if self.mass is not None or not number or not least <= share < 1.0:
             raise SpecError(
-                f"draft_attention: cannot fit densities to target={target!r} with "
-                f"mass={self.mass}; give 0 < target < 1, and mass=None"
+                f"draft_attention: cannot fit densities to target={target!r} (a density of "
+                f"{share!r}) with mass={self.mass}; give {least} <= target < 1, and mass=None"
             )
         curves = _budgets.measure(
             self, model, data, visits=visits, resume=resume, progress=progress
@@ -231,15 +233,15 @@ class DraftAttention(Policy):
         share = self._share(call, a)
         mask = plan.selection.choose(draft, share)
         clock.lap("select_ms")
-        before = FALLBACKS.copy()
-        out = block_sparse_attention(
-            q, k, v, mask, block_size=plan.block, is_causal=a.is_causal, scale=scale,
-            enable_gqa=a.groups > 1, key_mask=seen,
-        )  # fmt: skip
+        with heard() as fallbacks:
+            out = block_sparse_attention(
+                q, k, v, mask, block_size=plan.block, is_causal=a.is_causal, scale=scale,
+                enable_gqa=a.groups > 1, key_mask=seen,
+            )  # fmt: skip
         clock.lap("kernel_ms")
         out = plan.restore(out)
         clock.lap("reorder_ms")
-        for (op, reason), _ in (FALLBACKS - before).items():
+        for op, reason in sorted(fallbacks):
             call.remark(f"draft_attention: {op} runs without its fast kernel: {reason}")
         density = self._density(call, plan)
         if density is None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from accelerate_hooks.artifact import Artifact
 from accelerate_hooks.call import Call
 from accelerate_hooks.errors import ArtifactError, SpecError
-from accelerate_hooks.kernels import FALLBACKS, skip_experts
+from accelerate_hooks.kernels import heard, skip_experts
 from accelerate_hooks.opaque import opaque_functions, uncompiled
 from accelerate_hooks.policies import _lists, _pruning, _sums, _weighing
 from accelerate_hooks.policies._experts import Experts, error_of, look_of, read_experts, slot_flops
@@ -93,6 +93,8 @@ class ExpertSkip(Policy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.artifact is not None and not self.rules and not self.prunes:
+            self._follow(self.artifact)
         self._require_all("top_k", lambda n: n >= 1, "an integer of at least 1, or one a layer")
         self._require_all("ratio", lambda r: 0.0 <= r <= 1.0, "0 to 1, or one a layer")
         self._require_all("mass", lambda m: 0.0 < m <= 1.0, "0 < mass <= 1, or one a layer")
@@ -111,8 +113,6 @@ class ExpertSkip(Policy):
             self.require(name, ok, "False, or a share to prune with it")
         ok = self.free_memory or not self.irreversible
         self.require("irreversible", ok, "False, or free_memory=True with it")
-        if self.artifact is not None and not self.rules and not self.prunes:
-            self._follow(self.artifact)
 
     def _follow(self, artifact: Artifact) -> None:
         """Take the rule that was fitted, where none is set."""
@@ -441,9 +441,9 @@ class ExpertSkip(Policy):
     ) -> Tensor:
         whole = slot_flops(call.site.module) * indices.numel()
         call.spare(whole * (1.0 - share), whole * share)
-        before = FALLBACKS.copy()
-        out = skip_experts(call.x, indices, weights, **experts.arguments)
-        for (op, reason), _ in (FALLBACKS - before).items():
+        with heard() as fallbacks:
+            out = skip_experts(call.x, indices, weights, **experts.arguments)
+        for op, reason in sorted(fallbacks):
             call.remark(f"expert_skip: {op} runs without its fast kernel: {reason}")
         return out
 

@@ -313,6 +313,30 @@ def test_interleaved_generators_keep_their_declared_runs(model, last):
         assert session.tally.signals()["timestep"] == 2
 
 
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_declared_run_of_a_schedule_made_anew_at_each_step(model, anew):
+    """And of a second generation in it, which begins clean."""
+    kept = torch.linspace(999, 20, 20)
+    labels = torch.tensor([1, 2])
+
+    def generation():
+        x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        for i in range(20):
+            t = (torch.linspace(999, 20, 20) if anew else kept)[i].expand(2)
+            with torch.no_grad():
+                out = model(x, t, class_labels=labels, return_dict=False)[0]
+            x = x - 0.05 * out[:, :4]
+        return x
+
+    with ah.enable(model, CADENCE) as session, session.run():
+        first = generation()
+        seen = [(e.step, e.action) for e in session.trace if e.action != "note"]
+        assert [step for step, _ in seen] == list(range(20))
+        assert sum(action == "skip" for _, action in seen) > 5
+        kept = kept.clone()  # a pipeline sets its schedule anew
+        assert torch.equal(generation(), first)
+
+
 def test_a_suspended_generator_keeps_its_run_and_its_pause_to_itself(model):
     (wanted,) = alone(model, 1)
     with ah.enable(model, CADENCE) as session:

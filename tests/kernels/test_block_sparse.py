@@ -4,6 +4,7 @@ import functools
 import math
 import platform
 import shutil
+import threading
 from dataclasses import dataclass
 
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from torch.autograd import forward_ad
 
 from accelerate_hooks.kernels import KernelError, _native, block_sparse, block_sparse_attention
-from accelerate_hooks.kernels._dispatch import FALLBACKS, interpreted
+from accelerate_hooks.kernels._dispatch import FALLBACKS, heard, interpreted
 
 # Relative RMS of the output against float64 on the same (rounded) inputs.
 BOUND = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -454,6 +455,10 @@ def test_compiles_as_one_graph():
         ({"key_mask": torch.ones(300).bool()}, r"bools \[2 or 1, 300\]"),
         ({"key_mask": torch.ones(2, 300, device="meta").bool()}, "on cpu"),
         ({"key_mask": [True] * 300}, r"bools \[2 or 1, 300\]"),
+        ({"q": None}, "q is a NoneType"),
+        ({"k": [1.0]}, "k is a list"),
+        ({"scale": "a"}, "scale is a str"),
+        ({"is_causal": "x"}, "give a bool"),
     ],
 )
 def test_errors_name_the_cause_and_the_fix(change, words):
@@ -500,6 +505,23 @@ def test_what_triton_cannot_take_is_counted(monkeypatch):
     new = FALLBACKS - before
     assert list(new) == [("block_sparse_attention", "block size 48 x 48 (powers of two from 16)")]
     torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v))
+
+
+def test_what_falls_back_is_heard_where_it_does(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_HOOKS_KERNELS", "auto")
+    q, k, v = qkv()
+    mask = torch.ones(1, 1, math.ceil(q.shape[2] / 5), math.ceil(k.shape[2] / 5), dtype=torch.bool)
+
+    def other():
+        block_sparse_attention(q, k, v, mask, block_size=5)
+
+    with heard() as found:
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        assert not found
+        other()
+    assert [op for op, _ in found] == ["block_sparse_attention"]
 
 
 def test_an_unknown_choice_is_refused(monkeypatch):

@@ -4,10 +4,12 @@ import dataclasses
 import math
 from typing import Any, ClassVar
 
+import contract
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from moe_models import MOE
 from tiny_models import TINY
 from torch.nn import functional as F
 
@@ -22,9 +24,9 @@ from accelerate_hooks import (
     enable,
 )
 from accelerate_hooks.artifact import Artifact
-from accelerate_hooks.kernels import attention_mass, select_blocks, tile_order
+from accelerate_hooks.kernels import FALLBACKS, attention_mass, select_blocks, tile_order
 from accelerate_hooks.patches import grids
-from accelerate_hooks.policies import _budgets, draft_attention
+from accelerate_hooks.policies import _budgets
 from accelerate_hooks.policies._regions import Plan, order_of, region_of
 from accelerate_hooks.site import TokenLayout
 
@@ -165,6 +167,56 @@ class Slow(Policy):
         got = self.like._attend(call, a)
         self.seen.append((a.layout.at(tokens), dense, got, wanted, a.default()))
         return got
+
+
+# Models that ask which implementation of attention they have, or name its arguments.
+ASKING = ("falcon", "deepseek_v32", "glm_moe_dsa", "afmoe", "minimax_m3_vl", "hy_v4", "axk2")
+
+
+@pytest.mark.parametrize("name", [
+    *ASKING, *(pytest.param(n, marks=pytest.mark.slow) for n in {**TINY, **MOE} if n not in ASKING)
+])  # fmt: skip
+def test_what_leaves_nothing_out_changes_no_model(name):
+    """Attention is reached through the model's own config, which must look as it did."""
+    tiny = TINY.get(name) or MOE[name]
+    model, inputs = tiny.build(), tiny.inputs(2)
+    try:
+        session = enable(model, DraftAttention.exact())
+    except UnsupportedModelError as error:
+        pytest.skip(str(error))
+    with session, torch.no_grad():
+        got = contract.flat(model(**inputs))
+    with torch.no_grad():
+        wanted = contract.flat(model(**inputs))
+    assert all(contract.same(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+@pytest.mark.parametrize("name", ["falcon", "bart", "t5", "whisper", "afmoe"])
+def test_generation_at_zero_is_the_models_own(name):
+    tiny = TINY.get(name) or MOE[name]
+    model, inputs = tiny.build(), tiny.inputs(2)
+    given = {k: v for k, v in inputs.items() if k in ("input_ids", "input_features")}
+
+    def tokens():
+        return model.generate(**given, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+
+    wanted = tokens()
+    with enable(model, DraftAttention.exact()):
+        assert torch.equal(tokens(), wanted)
+    with enable(model, few(sparsity=0.5), strict=False):
+        tokens()
+
+
+@pytest.mark.parametrize(("given", "words"), [
+    ({"data": None}, "keyword arguments"), ({"data": [None]}, "keyword arguments"),
+    ({"data": []}, "at least one"), ({"visits": 0}, "visits=0"), ({"visits": "a"}, "visits"),
+    ({"target": "a"}, "target='a'"), ({"target": 0.01}, "0.05 <= target"),
+])  # fmt: skip
+def test_fitting_says_what_it_wants(given, words):
+    model, inputs = TINY["dit"].build(), TINY["dit"].inputs(2)
+    given = {"data": [inputs], "progress": False} | given
+    with pytest.raises(SpecError, match=words):
+        few(sparsity=0.5).fit(model, **given)
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, "llama", "bert", "whisper"])
@@ -454,7 +506,7 @@ def test_it_says_which_kernel_it_lacks(monkeypatch):
     with torch.no_grad(), enable(model, few()) as session:  # blocks of 4 tokens
         model(**inputs)
     assert any("without its fast kernel" in note for note in session.notes)
-    assert draft_attention.FALLBACKS
+    assert FALLBACKS
 
 
 def test_lazy_steps_leave_out_sparse_attention():

@@ -266,6 +266,39 @@ def test_the_means_follow_the_model_to_another_dtype(rule):
         assert torch.equal(model(**inputs).logits, got)
 
 
+def test_a_look_at_the_router_is_not_counted_by_it():
+    """Some count in buffers how often each expert is asked."""
+    model, inputs = TINY["qwen3_moe"].build(), TINY["qwen3_moe"].inputs(2)
+    gate = model.model.layers[0].mlp.gate
+    gate.register_buffer("asked", torch.zeros((), dtype=torch.int64))
+    forward = type(gate).forward
+
+    class Counting(type(gate)):
+        def forward(self, x):
+            self.asked += len(x)
+            self.asked = self.asked + 0
+            return forward(self, x)
+
+    gate.__class__ = Counting
+    with torch.no_grad(), enable(model, ExpertSkip(top_k=2)):
+        model(**inputs)
+    assert gate.asked == inputs["input_ids"].numel()
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (lambda t: {"thresholds": t["thresholds"] * torch.nan}, "out of range"),
+    (lambda t: {"mean.1": t["mean.1"][:2]}, "mean outputs"),
+    (lambda t: {"mean.1": t["mean.1"] * torch.nan}, "not all numbers"),
+])  # fmt: skip
+def test_artifacts_are_checked_like_settings(change, words):
+    model, inputs = TINY["qwen3_moe"].build(), TINY["qwen3_moe"].inputs(2)
+    fitted = ExpertSkip(mass=0.5).fit(model, inputs, target=2.0, progress=False).artifact
+    with pytest.raises((ArtifactError, SpecError), match=words), torch.no_grad():
+        wrong = replace(fitted, tensors=fitted.tensors | change(fitted.tensors))
+        with enable(model, ExpertSkip(artifact=wrong)):
+            model(**inputs)
+
+
 def test_nothing_stands_in_where_all_are_kept():
     model, inputs = TINY["qwen3_moe"].build(), TINY["qwen3_moe"].inputs(2)
     fitted = ExpertSkip(mass=0.5).fit(model, [inputs], target=1.5, progress=False)
