@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +28,11 @@ class Contestant:
 def contestants(policies: Any) -> dict[str, Contestant]:
     if isinstance(policies, Mapping):
         named: dict[str, Any] = {str(label): p for label, p in policies.items()}
+    elif policies is None or not isinstance(policies, (str, Policy, Addressed, Iterable)):
+        raise SpecError(
+            f"evaluate: policies is a {type(policies).__name__}; give policies, specs or callables "
+            "in a list, or by label"
+        )
     else:
         many = [policies] if isinstance(policies, (str, Policy, Addressed)) else list(policies)
         named = {}

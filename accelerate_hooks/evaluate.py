@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -76,12 +76,22 @@ def evaluate(
     bootstrap: over pairs for the speed-up, over samples (the same ones for every contestant) for
     the metric. Raises SpecError for wrong arguments, UnsupportedModelError without a target.
     """
-    items = list(data)
     if metric not in _metrics.METRICS:
         raise SpecError(f"metric={metric!r}; give one of {', '.join(_metrics.METRICS)}")
-    if not items or repeats < 1:
-        raise SpecError("evaluate needs at least one item in data and repeats of at least 1")
+    for name, number, least in (("repeats", repeats, 1), ("seed", seed, 0)):
+        if type(number) is not int or number < least:
+            raise SpecError(f"evaluate: {name}={number!r}; give an integer of at least {least}")
+    if isinstance(data, (Mapping, str)) or not isinstance(data, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise SpecError(f"evaluate: data is a {type(data).__name__}; give a list of items")
+    items = list(data)
+    if not items:
+        raise SpecError("evaluate needs at least one item in data")
     plain = _plain_run(model)
+    if not _is_function(model) and not all(isinstance(item, Mapping) for item in items):
+        raise SpecError(
+            f"evaluate: an item for {type(model).__name__} is a dict of keyword arguments; give "
+            "a list of these"
+        )
     where = model if target is None and not _is_function(model) else target
     settle = isinstance(model, nn.Module) if settle is None else settle
     entries = {"plain": Contestant(), **contestants(policies)}

@@ -38,6 +38,12 @@ class Addressed:
     policy: Policy
     only: str | None = None
 
+    def __str__(self) -> str:
+        """A spec: ``parse(str(addressed)) == [addressed]``."""
+        from accelerate_hooks.spec import render
+
+        return render(self.policy, self.only)
+
 
 def is_recipe(spec: str) -> bool:
     """Whether a string is the path of a recipe rather than a spec."""

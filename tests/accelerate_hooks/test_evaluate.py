@@ -223,6 +223,13 @@ def test_wrong_arguments(dit: Any) -> None:
         evaluate(run, [], [0.0], metric="ssim")  # type: ignore[arg-type]
     with pytest.raises(SpecError, match="at least one item"):
         evaluate(run, [], [])
+    for wrong in ({"data": None}, {"data": {"x": 1}}, {"repeats": "x"}, {"seed": "x"}):
+        with pytest.raises(SpecError, match="evaluate: "):
+            evaluate(run, **{"policies": [], "data": [0.0]} | wrong)  # type: ignore[arg-type]
+    with pytest.raises(SpecError, match="policies is a NoneType"):
+        evaluate(run, None, [0.0])  # type: ignore[arg-type]
+    with pytest.raises(SpecError, match="keyword arguments"):
+        evaluate(dit, [], [3])
     with pytest.raises(SpecError, match="'plain' is the label"):
         evaluate(run, {"plain": Every()}, [0.0])
     with pytest.raises(UnsupportedModelError, match="target="):

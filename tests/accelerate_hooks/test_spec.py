@@ -284,6 +284,12 @@ def test_recipe_errors_name_file_and_place(tmp_path: Path, text: str, said: str)
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize("only", [None, "blocks.*", "a'b c"])
+def test_what_was_parsed_is_a_spec_again(only: str | None) -> None:
+    addressed = Addressed(Wide(), only)
+    assert parse(str(addressed), REGISTRY) == [addressed]
+
+
 def test_a_recipe_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="surrogates"):
         save_recipe(tmp_path / "r.json", [Addressed(Wide(word="\ud800"))])

@@ -371,7 +371,8 @@ def test_experts_that_somebody_has_wrapped_are_not_taken_out(change):
     model = change(model)
     with torch.no_grad():
         plain = model(**inputs).logits
-        with pytest.raises(UnsupportedModelError, match="wrapped the experts"):
+        words = "wrapped the experts|not what it computes with"
+        with pytest.raises(UnsupportedModelError, match=words):
             enable(model, ExpertSkip(prune=0.25, free_memory=True))
         assert torch.equal(model(**inputs).logits, plain)
 
