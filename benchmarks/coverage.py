@@ -65,10 +65,11 @@ biases; the activation), or how else fewer slots are computed:
 - *list*: each expert is a module, and gets the rows of the tokens that keep it;
 - *choosing*: experts choose their tokens, and get the rows of those that keep them.
 
-*Sum* is what the weights of every token add up to where the router normalises them: what is kept is
-brought back to it. `-` means that it does not.
+*One sum* says whether the router weighs all tokens to one sum, by its answer to tokens of noise: then
+what is kept is brought back to it. One that cannot be asked beside a visit is judged by the tokens
+of each.
 
-| family | class | sites | experts | sum |
+| family | class | sites | experts | one sum |
 |---|---|---|---|---|
 """
 EXPERTS_REFUSED = """
@@ -170,12 +171,12 @@ def experts_row(tiny: Any) -> str:
         found = [s for s in sites if s.kind == "experts"]
         facts = [session.record(s).facts for s in found]
     forms = {form(s, f.get(("known", 0, ""))): None for s, f in zip(found, facts, strict=True)}
-    key = ("known", 0, "sums")
-    bounds = [f[key][0].tolist() for f in facts if key in f]  # (-least, most), where visited
-    same = all(most + least < 1e-2 * most for least, most in bounds)
-    total = f"{bounds[0][1]:.3g}" if same else "-"
+    key = ("known", 0, "normalises cpu")
+    said = [f[key] for f in facts if key in f]  # where visited
+    asked = [bool(one) for one in said if one is not None]
+    one_sum = "not asked" if len(asked) < len(said) else "yes" if all(asked) else "no"
     mine = [s for s in sites if s.kind in ("router", "experts")]
-    return f"| {' | '.join((tiny.name, tiny.cls, kinds(mine), '; '.join(forms), total))} |"
+    return f"| {' | '.join((tiny.name, tiny.cls, kinds(mine), '; '.join(forms), one_sum))} |"
 
 
 def form(site: Site, tried: Any) -> str:
