@@ -65,9 +65,9 @@ biases; the activation), or how else fewer slots are computed:
 - *list*: each expert is a module, and gets the rows of the tokens that keep it;
 - *choosing*: experts choose their tokens, and get the rows of those that keep them.
 
-*One sum* says whether the router weighs all tokens to one sum, by its answer to tokens of noise: then
-what is kept is brought back to it. One that cannot be asked beside a visit is judged by the tokens
-of each.
+*One sum* says whether the router weighs all tokens to one sum, by its answer to tokens of noise:
+then what is kept is brought back to it. One that cannot be asked beside a visit is judged by the
+tokens of each.
 
 | family | class | sites | experts | one sum |
 |---|---|---|---|---|
