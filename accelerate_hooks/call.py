@@ -104,12 +104,8 @@ class Call:
         return generators[self._policy_index]
 
     def around(self) -> Iterator[tuple[nn.Module, str]]:
-        """The modules around the site's, innermost first, each with the name of the child in which
-        it is."""
-        path = self.site.path
-        while path:
-            path, _, name = path.rpartition(".")
-            yield self._frame.root.get_submodule(path), name
+        """The modules around the site's, as `Site.around` gives them."""
+        return self.site.around(self._frame.root)
 
     @property
     def blocks(self) -> int:
@@ -140,9 +136,7 @@ class Call:
 
     def arguments(self) -> dict[str, Any]:
         """All arguments by name (positional ones beyond the named parameters excepted)."""
-        named = dict(zip(self.site.port.parameters, self._args, strict=False))
-        named.update(self._kwargs)
-        return named
+        return self.site.port.named(self._args, self._kwargs)
 
     def outputs(self, out: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(x, context) inside an output of this site."""

@@ -39,7 +39,7 @@ def proceed(
     go = torch.tensor([i for i, c in enumerate(chosen) if c], device=x.device)
     stay = torch.tensor([i for i, c in enumerate(chosen) if not c], device=x.device)
     record = frame.session.record(site)
-    arguments = dict(zip(site.port.parameters, args, strict=False)) | kwargs
+    arguments = site.port.named(args, kwargs)
     _, cache = stand_in.find(arguments)
     why = call.unskippable(given=True)
     if why is None and not stand_in.has_cross(cache):

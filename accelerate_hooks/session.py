@@ -255,7 +255,7 @@ class Session:
             call = Call(site, frame, seam, args, kwargs, _NONE, frame.parent)
             out = shorter.restored(frame, site, call, out)
         if watch is not None and site.kind == "block" and not frame.partial:
-            watch.see(site, dict(zip(site.port.parameters, given[0], strict=False)) | given[1], out)
+            watch.see(site, site.port.named(*given), out)
         return out
 
     def _dispatch(self, frame: Frame, seam: Seam, site: Site, args: Any, kwargs: Any) -> Any:
@@ -281,7 +281,7 @@ class Session:
             self.inert_forwards[why] = self.inert_forwards.get(why, 0) + 1
             return seam.original(*args, **kwargs)
         root = self.root(site.module)
-        arguments = dict(zip(site.port.parameters, args, strict=False)) | kwargs
+        arguments = site.port.named(args, kwargs)
         scheduler = getattr(self.pipeline(), "scheduler", None)
         other = scheduler is not self.scheduler and scheduler is not None
         if other and follow_scheduler(self, scheduler):  # the pipeline was given another
@@ -381,7 +381,7 @@ class Session:
         root = self.root(site.module)
         run = Run(signal=site.path, index=0)
         step = Step(run, 0, None, "prefill", root.name or "main", site.path)
-        arguments = dict(zip(site.port.parameters, args, strict=False)) | kwargs
+        arguments = site.port.named(args, kwargs)
         frame = Frame(self, root, step, FRAME.get(), arguments)
         try:
             return self._dispatch(frame, override, site, args, kwargs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -86,6 +87,10 @@ class Port:
     streams: tuple[tuple[str, tuple[int | str, ...]], ...] = ()
     confirmed: bool = False
 
+    def named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """All arguments by name (positional ones beyond the named parameters excepted)."""
+        return dict(zip(self.parameters, args, strict=False)) | kwargs
+
 
 @dataclass(frozen=True, eq=False)
 class Site:
@@ -109,6 +114,14 @@ class Site:
     @property
     def name(self) -> str:
         return f"{self.path}#{self.visit}" if self.visit else self.path or "(model)"
+
+    def around(self, root: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+        """The modules of ``root`` around this one, innermost first, each with the name of the child
+        in which it is."""
+        path = self.path
+        while path:
+            path, _, name = path.rpartition(".")
+            yield root.get_submodule(path), name
 
     def learn(self, **known: Any) -> None:
         """Set fields that watching a forward has shown (the runtime's, see `flow`)."""

@@ -138,10 +138,12 @@ def main() -> None:
         module = layer(dtype)
         for tokens in tqdm((*DECODE, *PREFILL), desc=str(dtype)):
             rounds = options.rounds if tokens in DECODE else max(3, options.rounds // 3)
-            for _ in range(3):  # a neighbour's noise passes
-                row = point(module, tokens, rounds)
-                if row["iqr"] <= MAX_SPREAD:
+            tries = []
+            while len(tries) < 6:  # a neighbour's noise passes
+                tries.append(point(module, tokens, rounds))
+                if tries[-1]["iqr"] <= MAX_SPREAD:
                     break
+            row = min(tries, key=lambda row: row["iqr"])
             rows.append(row)
             tqdm.write(json.dumps(row))
         del module

@@ -31,9 +31,11 @@ const int reads_bf16 = 1;
 #else
 const int reads_bf16 = 0;
 #endif
-#define INNER 64   /* inner features a job */
-#define OUTER 64   /* outputs a job */
+#define INNER 64          /* inner features a job */
+#define OUTER 64          /* outputs a job */
 #define ROW (2 * INNER)
+#define MANY (4 * TOKENS) /* tokens that share a reading of a matrix */
+#define AHEAD 32          /* steps along columns whose weights are on their way */
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef float quad __attribute__((vector_size(16)));
@@ -199,15 +201,23 @@ static inline void put(float *y, floats a, floats b, floats c, floats d, int pai
     }
 }
 
-/* y[r][o] = feature (first + o) of x[r], for `count` features and `tokens` inputs: features are
-   rows of W, or columns. Sums have names, since gcc keeps an array of them in memory. */
+/* Start to read `bytes` from element `at` of a matrix: the CPU does so by itself up to the end of a
+   page alone, and not along columns. Inlined always, since gcc drops calls of what has no result. */
+static inline __attribute__((always_inline)) void fetch(
+    const void *matrix, int64_t at, int64_t bytes, int is_bf16) {
+    const char *from = (const char *)matrix + at * (is_bf16 ? 2 : 4);
+    for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(from + line, 0, 2);
+}
+
+/* y[r][o ..] = features first + o .. of x[r], for `tokens` inputs: four rows of W, or four vectors of
+   its columns, of which there are `left`. Meanwhile what is read next is fetched. Sums have names,
+   since gcc keeps an array of them in memory. */
 static inline __attribute__((always_inline)) void tile(
-    const void *matrix, int64_t base, int64_t inputs, int64_t outputs, int64_t first,
-    int64_t count, const void *const *x, int tokens, float (*y)[ROW], int transposed,
+    const void *matrix, int64_t base, int64_t inputs, int64_t outputs, int64_t first, int64_t o,
+    int64_t left, const void *const *x, int tokens, float (*y)[ROW], int transposed,
     int is_bf16) {
     const int pairs = is_bf16 && reads_bf16;
     const int step = (transposed ? 1 : LANES) * (pairs ? 2 : 1);
-    for (int64_t o = 0; o < count; o += transposed ? 4 * LANES : 4) {
 #define START(r) floats a##r = {0}, b##r = {0}, c##r = {0}, d##r = {0};
 #define ADD(r)                                                                                \
     if (r < tokens) {                                                                         \
@@ -219,49 +229,59 @@ static inline __attribute__((always_inline)) void tile(
     }
 #define END(r)                                                         \
     if (r < tokens) {                                                  \
+        float *to = y[r] + o;                                          \
         if (transposed) {                                              \
-            put(y[r] + o, a##r, b##r, c##r, d##r, pairs);              \
+            put(to, a##r, b##r, c##r, d##r, pairs);                    \
         } else {                                                       \
-            y[r][o] = total(a##r), y[r][o + 1] = total(b##r);          \
-            y[r][o + 2] = total(c##r), y[r][o + 3] = total(d##r);      \
+            to[0] = total(a##r), to[1] = total(b##r);                  \
+            to[2] = total(c##r), to[3] = total(d##r);                  \
         }                                                              \
     }
-        EACH(START)
-        for (int64_t i = 0; i < inputs; i += step) {
-            vector w[4];
-            if (transposed) {
-                int64_t at = base + i * outputs + first + o;
-                columns(w, matrix, at, outputs, count - o, is_bf16);
-            } else {
-                int64_t at = base + (first + o) * inputs + i;
-                for (int j = 0; j < 4; j++)
-                    w[j] = part(matrix, at + j * inputs, inputs - i, is_bf16);
+    EACH(START)
+    for (int64_t i = 0; i < inputs; i += step) {
+        vector w[4];
+        if (transposed) {
+            int64_t at = base + i * outputs + first + o;
+            columns(w, matrix, at, outputs, left, is_bf16);
+            for (int row = 0; row <= pairs; row++)
+                fetch(matrix, at + (AHEAD * step + row) * outputs, is_bf16 ? 8 * LANES : 16 * LANES,
+                      is_bf16);
+        } else {
+            int64_t at = base + (first + o) * inputs + i;
+            for (int j = 0; j < 4; j++) {
+                w[j] = part(matrix, at + j * inputs, inputs - i, is_bf16);
+                fetch(matrix, at + (4 + j) * inputs, 1, is_bf16);
             }
-            EACH(ADD)
         }
-        EACH(END)
+        EACH(ADD)
+    }
+    EACH(END)
 #undef START
 #undef ADD
 #undef END
-    }
 }
 
+/* y[r][o] = feature (first + o) of x[r], for `count` features and up to MANY inputs. */
 static inline __attribute__((always_inline)) void multiply(
     const void *matrix, int64_t expert, int64_t inputs, int64_t outputs, int64_t first,
     int64_t count, const void *const *x, int tokens, float (*y)[ROW], int transposed,
     int is_bf16) {
-    int64_t base = expert * inputs * outputs;
-    switch (tokens) { /* known when compiled: the sums stay in registers */
-#define CASE(r)                                                                               \
-    case r + 1:                                                                               \
-        if (transposed)                                                                       \
-            tile(matrix, base, inputs, outputs, first, count, x, r + 1, y, 1, is_bf16);       \
-        else                                                                                  \
-            tile(matrix, base, inputs, outputs, first, count, x, r + 1, y, 0, is_bf16);       \
-        break;
-        EACH(CASE)
+    int64_t base = expert * inputs * outputs, each = transposed ? 4 * LANES : 4;
+    for (int64_t o = 0; o < count; o += each)
+        for (int r = 0; r < tokens; r += TOKENS)
+            switch (tokens - r < TOKENS ? tokens - r : TOKENS) { /* known when compiled */
+#define CASE(n)                                                                                \
+            case n + 1:                                                                        \
+                if (transposed)                                                                \
+                    tile(matrix, base, inputs, outputs, first, o, count - o, x + r, n + 1,     \
+                         y + r, 1, is_bf16);                                                   \
+                else                                                                           \
+                    tile(matrix, base, inputs, outputs, first, o, count - o, x + r, n + 1,     \
+                         y + r, 0, is_bf16);                                                   \
+                break;
+                EACH(CASE)
 #undef CASE
-    }
+            }
 }
 
 static inline float activate(float x, int64_t act) {
@@ -283,10 +303,10 @@ static inline __attribute__((always_inline)) void into(
     const Problem *t, int64_t number, int64_t first, int64_t count, int is_bf16) {
     int64_t expert = t->expert[number], slot = t->start[number], end = t->start[number + 1];
     int interleaved = t->act == CLAMPED_SWIGLU, split = t->gated && !interleaved;
-    float y[TOKENS][ROW], gate[TOKENS][ROW];
+    float y[MANY][ROW], gate[MANY][ROW];
     for (int64_t tokens; slot < end; slot += tokens) {
-        tokens = end - slot < TOKENS ? end - slot : TOKENS;
-        const void *x[TOKENS];
+        tokens = end - slot < MANY ? end - slot : MANY;
+        const void *x[MANY];
         for (int r = 0; r < tokens; r++) x[r] = at(t->inputs, t->token[slot + r] * t->width, is_bf16);
         int64_t start = interleaved ? 2 * first : first, rows = interleaved ? 2 * count : count;
         multiply(t->up, expert, t->width, t->features, start, rows, x, tokens, gate,
@@ -325,14 +345,14 @@ static inline __attribute__((always_inline)) void into(
 /* Outputs `first` .. `first + count` of every token, over all its experts. */
 static inline __attribute__((always_inline)) void out_of(
     const Problem *t, int64_t first, int64_t count, int is_bf16) {
-    float y[TOKENS][ROW];
+    float y[MANY][ROW];
     for (int64_t token = 0; token < t->tokens; token++)
         memset(t->sum + token * t->width + first, 0, count * sizeof(float));
     for (int64_t number = 0; number < t->touched; number++) {
         int64_t expert = t->expert[number], slot = t->start[number], end = t->start[number + 1];
         for (int64_t tokens; slot < end; slot += tokens) {
-            tokens = end - slot < TOKENS ? end - slot : TOKENS;
-            const void *x[TOKENS];
+            tokens = end - slot < MANY ? end - slot : MANY;
+            const void *x[MANY];
             for (int r = 0; r < tokens; r++) x[r] = at(t->inside, (slot + r) * t->inner, is_bf16);
             multiply(t->down, expert, t->inner, t->width, first, count, x, tokens, y,
                      t->transposed, is_bf16);

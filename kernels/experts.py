@@ -237,34 +237,44 @@ def _check(
             ),
         )
     for name, flag in (("gated", gated), ("transposed", transposed)):
-        require(isinstance(flag, bool), f"{name}={flag!r}; give a bool")  # pyright: ignore[reportUnnecessaryIsInstance]
-    shapes = (
-        f"hidden {tuple(hidden.shape)}, indices {tuple(indices.shape)}, weights "
-        f"{tuple(weights.shape)}, up {tuple(up.shape)}, down {tuple(down.shape)}"
-    )
-    require(act in get_args(Act), f"act={act!r}; give one of {', '.join(get_args(Act))}")
+        require(isinstance(flag, bool), lambda n=name, f=flag: f"{n}={f!r}; give a bool")  # pyright: ignore[reportUnnecessaryIsInstance]
+
+    def shapes() -> str:
+        return (
+            f"hidden {tuple(hidden.shape)}, indices {tuple(indices.shape)}, weights "
+            f"{tuple(weights.shape)}, up {tuple(up.shape)}, down {tuple(down.shape)}"
+        )
+
+    require(act in get_args(Act), lambda: f"act={act!r}; give one of {', '.join(get_args(Act))}")
     require(
         hidden.ndim == 2 and indices.ndim == 2 and indices.shape == weights.shape
         and len(indices) == len(hidden) and up.ndim == down.ndim == 3 and len(up) == len(down),
-        f"{shapes}: give [T, H], [T, k], [T, k], [E, F, H] and [E, H, I]",
+        lambda: f"{shapes()}: give [T, H], [T, k], [T, k], [E, F, H] and [E, H, I]",
     )  # fmt: skip
     features, width = up.shape[1:][::-1] if transposed else up.shape[1:]
     outputs, inner = down.shape[1:][::-1] if transposed else down.shape[1:]
     halves = 2 if gated or act == "clamped_swiglu" else 1
     require(
         width == outputs == hidden.shape[1] and features == halves * inner,
-        f"{shapes}: H, F and I do not fit together (gated={gated}, transposed={transposed})",
+        lambda: (
+            f"{shapes()}: H, F and I do not fit together (gated={gated}, transposed={transposed})"
+        ),
     )
     require(
         hidden.dtype == up.dtype == down.dtype and hidden.is_floating_point(),
-        f"hidden {hidden.dtype}, up {up.dtype}, down {down.dtype}: give one floating-point dtype",
+        lambda: (
+            f"hidden {hidden.dtype}, up {up.dtype}, down {down.dtype}: give one floating-point "
+            "dtype"
+        ),
     )
     real = indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool
-    require(not real, f"indices are {indices.dtype}; give integers")
-    require(weights.is_floating_point(), f"weights are {weights.dtype}; give floats")
+    require(not real, lambda: f"indices are {indices.dtype}; give integers")
+    require(weights.is_floating_point(), lambda: f"weights are {weights.dtype}; give floats")
     for name, bias, size in (("up_bias", up_bias, features), ("down_bias", down_bias, outputs)):
         require(
             bias is None or tuple(bias.shape) == (len(up), size),
-            f"{name} is {None if bias is None else tuple(bias.shape)}; give {(len(up), size)}",
+            lambda name=name, bias=bias, size=size: (
+                f"{name} is {None if bias is None else tuple(bias.shape)}; give {(len(up), size)}"
+            ),
         )
     require_no_gradient("skip_experts", hidden, weights, up, down, up_bias, down_bias)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -12,6 +13,8 @@ from accelerate_hooks.kernels import skip_experts
 from accelerate_hooks.kernels.experts import Act, activate
 from accelerate_hooks.opaque import opaque_functions
 from accelerate_hooks.policies._twins import has_own_forward
+
+Run = Callable[[Tensor, Tensor], Tensor]
 
 _CLOSE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 
@@ -36,6 +39,24 @@ class Experts:
             "up_bias": own.get(f"{first}_bias"), "down_bias": own.get("down_proj_bias"),
             "act": self.act, "gated": self.gated, "transposed": self.transposed,
         }  # fmt: skip
+
+
+def least_slots(run: Run, indices: Tensor, weights: Tensor) -> int:
+    """The fewest slots a token that a module's own forward can do with: some fail with one (a
+    squeeze too many). ``run``: its output for a routing ``[T, slots]``."""
+    try:
+        run(indices[:, :1].contiguous(), weights[:, :1].contiguous())
+    except (IndexError, RuntimeError, ValueError):
+        return 2
+    return 1
+
+
+def each_slot(run: Run, indices: Tensor, weights: Tensor, least: int) -> Tensor:
+    """What the expert of each slot gives, at weight 1: ``[T, k, H]``."""
+    alone = torch.zeros_like(weights[:, :1].expand(-1, least))
+    alone[:, 0] = 1.0
+    slots = range(indices.shape[1])
+    return torch.stack([run(indices[:, [s] * least], alone).detach() for s in slots], 1)
 
 
 def slot_flops(module: nn.Module, experts: int | None = None) -> float:

@@ -11,18 +11,22 @@ import torch
 from torch import Tensor, nn
 
 from accelerate_hooks.artifact import Artifact
+from accelerate_hooks.call import replace_arguments
 from accelerate_hooks.enable import enable
 from accelerate_hooks.errors import SpecError, UnsupportedModelError
 from accelerate_hooks.frame import Root
 from accelerate_hooks.opaque import opaque_functions
 from accelerate_hooks.policies._evolving import acceptance, evolve
+from accelerate_hooks.policies._experts import each_slot, least_slots
 from accelerate_hooks.policies._hull import split
-from accelerate_hooks.policies._pruning import Layer, mixtures, scores_of, survivors
+from accelerate_hooks.policies._pruning import Layer, count_of, mixtures, scores_of, survivors
 from accelerate_hooks.policies._routers import chosen
 from accelerate_hooks.policies._stand_ins import packed
-from accelerate_hooks.policies._sums import same
+from accelerate_hooks.policies._sums import given_by, same, untouched
+from accelerate_hooks.policies._twins import router_of
 from accelerate_hooks.policies._watching import Seen, Watch, calls, look, thresholds, watch
 from accelerate_hooks.resume import Resume
+from accelerate_hooks.site import Site
 
 T = TypeVar("T")
 _NOISE = 256  # tokens of noise a layer for LExI
@@ -110,32 +114,73 @@ def _last(costs: Sequence[float], most: float) -> int:
 
 def _on_noise(policy: Any, model: nn.Module, rule: str) -> dict[str, Seen]:
     """LExI: every mixture by itself on normal tokens, ``X ~ N(0, 1)``."""
+    with enable(model, Watch()) as session:
+        found = [
+            (site, list(site.around(root.model)))
+            for root in session.roots
+            for site in root.sites
+            if site.kind == "experts" and not site.visit
+        ]
     seen = {}
-    for layer in _layers(policy, model):
-        generator = torch.Generator().manual_seed(0)
-        weight = next(layer.router.module.parameters())
-        x = torch.randn(_NOISE, weight.shape[-1], generator=generator, device="cpu").to(weight)
-        with torch.no_grad():
-            try:
-                routing = chosen(layer.router.module(x))
-            except Exception:  # code of others, called with less than it wants
-                routing = None
-            if routing is None:
-                raise UnsupportedModelError(
-                    f"expert_skip: {layer.router.name} gives no weights and indices for tokens "
-                    "[T, H]; fit top_k on data"
-                )
-            indices, weights = routing
-            one = torch.ones_like(weights[:, :1])
-            ys = [
-                layer.experts.module(x, indices[:, s : s + 1].contiguous(), one)
-                for s in range(indices.shape[1])
-            ]
-        seen[layer.experts.path] = look(
-            policy, rule, torch.stack(ys, 1), indices, weights, layer.count,
-            normalised=bool(same(weights.sum(-1))),
-        )  # fmt: skip
+    for site, around in found:
+        given = None if site.port.routing is None else _given_noise(site, around)
+        if given is None:
+            raise UnsupportedModelError(
+                f"expert_skip: {site.name} ({type(site.module).__name__}) is not given indices and "
+                "weights [tokens, k] where the module around it has tokens alone; fit on data, or "
+                "give the numbers yourself"
+            )
+        seen[site.path] = _tried(policy, rule, site, *given)
     return seen
+
+
+@torch.no_grad()
+def _given_noise(site: Site, around: list[tuple[nn.Module, str]]) -> Any:
+    """The arguments ``(args, kwargs)`` that experts get where the module around them, or the router
+    alone, is given normal tokens; None where neither tells."""
+    owner = next((m for m, _ in around if router_of(m)), None)
+    if owner is None:
+        return None
+    router = getattr(owner, router_of(owner))
+    matrices = [p for p in router.parameters() if p.ndim == 2]
+
+    names = (site.port.x, *(site.port.routing or ()))
+
+    def by_owner(x: Tensor) -> Any:
+        return given_by(around, site, x)
+
+    def by_router(x: Tensor) -> Any:
+        found = chosen(router.forward(x))
+        return None if found is None else ((), dict(zip(names, (x, *found), strict=True)))
+
+    for width in dict.fromkeys(p.shape[1] for p in matrices):
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(_NOISE, width, generator=generator, device="cpu").to(matrices[0])
+        asks = [(by_owner, x.unsqueeze(0)), (by_owner, x), (by_router, x)]
+        for ask, tokens in asks:
+            with contextlib.suppress(Exception), untouched(owner):  # given less than they want
+                given = ask(tokens)
+                if given is not None and site.port.named(*given)[names[1]].ndim == 2:
+                    return given
+    return None
+
+
+@torch.no_grad()
+def _tried(policy: Any, rule: str, site: Site, args: Any, kwargs: Any) -> Seen:
+    """What leaving out slots costs at these arguments of experts."""
+    port, names = site.port, site.port.routing or ()
+    indices, weights = (port.named(args, kwargs)[name] for name in names)
+
+    def run(*routing: Tensor) -> Tensor:
+        changes = dict(zip(names, routing, strict=True))
+        some, others = replace_arguments(port.parameters, args, kwargs, changes)
+        return site.module(*some, **others)
+
+    ys = each_slot(run, indices, weights, least_slots(run, indices, weights))
+    return look(
+        policy, rule, ys, indices, weights, count_of(site.module),
+        normalised=bool(same(weights.sum(-1))),
+    )  # fmt: skip
 
 
 def fit_pruning(

@@ -81,6 +81,12 @@ def stacked(module: nn.Module) -> dict[str, nn.Parameter]:
     return {n: p for n, p in own.items() if p.ndim >= 2} if len(sizes) == 1 else {}
 
 
+def count_of(module: nn.Module) -> int:
+    """How many experts a router may ask; LongCat's counts some that have no matrices."""
+    together = [len(p) for p in module.parameters(recurse=False) if p.ndim == 3]
+    return max(together) if together else len(per_expert(module))
+
+
 def per_expert(module: nn.Module) -> list[list[Tensor]]:
     """The matrices of each expert, without biases."""
     together = [p for p in stacked(module).values() if p.ndim == 3]
@@ -90,8 +96,8 @@ def per_expert(module: nn.Module) -> list[list[Tensor]]:
     if len(lists) == 1:
         return [[p for p in expert.parameters() if p.ndim >= 2] for expert in lists[0]]
     raise UnsupportedModelError(
-        f"expert_skip: {type(module).__name__} keeps its experts in a form that is not known; use "
-        "the rules that act at run time instead of prune"
+        f"expert_skip: {type(module).__name__} keeps its experts in a form that is not known, so "
+        "they are neither counted nor pruned; give the numbers of a rule yourself"
     )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from accelerate_hooks.call import Call
 from accelerate_hooks.errors import ArtifactError
 from accelerate_hooks.opaque import opaque_functions
-from accelerate_hooks.policies._pruning import of_site, per_expert
+from accelerate_hooks.policies._pruning import count_of, of_site
 
 NAME = "mean"
 
@@ -36,7 +36,7 @@ def means_of(policy: Any, call: Call) -> Tensor | None:
         found = of_site(policy.artifact, NAME, call.site, call.depth)
         if found is None:
             return None
-        count = len(per_expert(call.site.module))
+        count = count_of(call.site.module)
         if tuple(found.shape) != (count, call.x.shape[-1]) or not found.isfinite().all():
             raise ArtifactError(
                 f"expert_skip: the artifact's mean outputs for {call.site.name} are "

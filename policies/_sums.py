@@ -7,7 +7,7 @@ one where all logits are large, and to about the same where all are small.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from accelerate_hooks.policies import _lists, _weighing
 from accelerate_hooks.policies._routers import chosen
 from accelerate_hooks.policies._twins import Bare, StandIn, router_of, twin
 from accelerate_hooks.recognise import version_of
+from accelerate_hooks.site import Site
 
 _TOKENS = 256
 _SAME = 1e-2  # sums of bfloat16 weights differ by as much
@@ -38,10 +39,11 @@ def same(totals: Tensor) -> Tensor:
 def normalises(call: Call) -> Tensor | None:
     """Whether the router before these experts does, a bool on their device; None where it cannot be
     asked beside a visit."""
+    around = next((m for m, _ in call.around() if router_of(m)), call.site.module)
     for ask in (_by_owner, _by_router) if call.routing is not None else (_by_list, _by_marks):
         for x in _noise(call):
             try:
-                with call.beside(asked=False), torch.no_grad(), _untouched(call):
+                with call.beside(asked=False), torch.no_grad(), untouched(around):
                     totals = ask(call, x)
             except Exception:  # code of others, called with less than it wants
                 continue
@@ -62,9 +64,8 @@ def _noise(call: Call) -> Iterator[Tensor]:
 
 
 @contextmanager
-def _untouched(call: Call) -> Generator[None]:
+def untouched(around: nn.Module) -> Generator[None]:
     """What routers count in buffers, they do not count of noise."""
-    around = next((m for m, _ in call.around() if router_of(m)), call.site.module)
     held = [
         (module, name, buffer, buffer.clone(), version_of(buffer))
         for module in around.modules()
@@ -80,49 +81,47 @@ def _untouched(call: Call) -> Generator[None]:
             module._buffers[name] = buffer
 
 
-def _owner(call: Call) -> tuple[nn.Module, str]:
-    """The nearest module around the experts that has a router, and its child that holds them."""
-    return next((m, name) for m, name in call.around() if router_of(m))
-
-
 def _router(call: Call) -> nn.Module | None:
     owner = next((m for m, _ in call.around() if router_of(m)), None)
     return None if owner is None else getattr(owner, router_of(owner))
 
 
 class _Found(Exception):
-    """The weights are known; nothing behind them has to run."""
+    """It is known what the experts are given; nothing behind that has to run."""
 
 
 class _Told(StandIn):
-    """The experts of a twin, which note what they are given and end the visit."""
-
-    def __init__(self, module: nn.Module, parameters: tuple[str, ...], name: str) -> None:
-        super().__init__(module)
-        self._parameters, self._name = parameters, name
+    """The experts of a twin, which tell what they are given and end the visit."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        given = dict(zip(self._parameters, args, strict=False)) | kwargs
-        raise _Found(given[self._name])
+        raise _Found(args, kwargs)
 
 
-def _by_owner(call: Call, x: Tensor) -> Tensor | None:
-    """What the module around the experts gives them."""
-    site = call.site
-    if site.port.routing is None:
-        return None
-    owner, name = _owner(call)
+def given_by(
+    around: Iterable[tuple[nn.Module, str]], site: Site, x: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments that experts are given by the nearest module with a router, which is given
+    ``x``. Raises whatever that module does."""
+    owner, name = next((m, n) for m, n in around if router_of(m))
     children: dict[str, StandIn] = {
         n: Bare(child)
         for n, child in owner.named_children()
         if not isinstance(child, (nn.ModuleList, nn.ModuleDict))
     }
-    children[name] = _Told(getattr(owner, name), site.port.parameters, site.port.routing[1])
+    children[name] = _Told(getattr(owner, name))
     try:
         twin(owner, **children).forward(x)
     except _Found as found:
-        return found.args[0].sum(-1)
-    return None
+        return found.args
+    raise LookupError(f"{site.name} is not asked")
+
+
+def _by_owner(call: Call, x: Tensor) -> Tensor | None:
+    """What the module around the experts gives them."""
+    port = call.site.port
+    if port.routing is None:
+        return None
+    return port.named(*given_by(call.around(), call.site, x))[port.routing[1]].sum(-1)
 
 
 def _by_router(call: Call, x: Tensor) -> Tensor | None:

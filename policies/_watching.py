@@ -14,7 +14,8 @@ from accelerate_hooks.call import Call
 from accelerate_hooks.enable import enable
 from accelerate_hooks.errors import SpecError, UnsupportedModelError
 from accelerate_hooks.opaque import opaque_functions
-from accelerate_hooks.policies._pruning import per_expert
+from accelerate_hooks.policies._experts import each_slot, least_slots
+from accelerate_hooks.policies._pruning import count_of
 from accelerate_hooks.policies._sums import normalises, same
 from accelerate_hooks.policy import Policy
 from accelerate_hooks.site import Effect, Kind, Site
@@ -106,13 +107,12 @@ class Watch(Policy):
         return call.proceed()
 
     def _look(self, call: Call, indices: Tensor, weights: Tensor, stream: Tensor | None) -> None:
-        one = torch.ones_like(weights[:, :1])
-        slots = [
-            call.plain(routing=(indices[:, s : s + 1].contiguous(), one))
-            for s in range(indices.shape[1])
-        ]
-        ys = torch.stack([y.detach() for y in slots], 1)
-        count = call.known(lambda: len(per_expert(call.site.module)))
+        def run(*routing: Tensor) -> Tensor:
+            return call.plain(routing=routing)  # type: ignore[arg-type]
+
+        least = call.known(lambda: least_slots(run, indices, weights), "least")
+        ys = each_slot(run, indices, weights, least)
+        count = call.known(lambda: count_of(call.site.module))
         if stream is not None:
             stream = stream.flatten(0, -2) if stream.numel() == ys[:, 0].numel() else None
         real = self.real.get("tokens")

@@ -15,7 +15,14 @@ from accelerate_hooks.errors import ArtifactError, SpecError
 from accelerate_hooks.kernels import heard, skip_experts
 from accelerate_hooks.opaque import opaque_functions, uncompiled
 from accelerate_hooks.policies import _lists, _pruning, _sums, _weighing
-from accelerate_hooks.policies._experts import Experts, error_of, look_of, read_experts, slot_flops
+from accelerate_hooks.policies._experts import (
+    Experts,
+    error_of,
+    least_slots,
+    look_of,
+    read_experts,
+    slot_flops,
+)
 from accelerate_hooks.policies._pruning import Criterion
 from accelerate_hooks.policies._routers import Plan, route
 from accelerate_hooks.policies._stand_ins import instead, means_of
@@ -408,18 +415,14 @@ class ExpertSkip(Policy):
     def _columns(
         self, call: Call, indices: Tensor, weights: Tensor, count: int
     ) -> tuple[Tensor, Tensor]:
-        """The first slots of a routing for the module's own forward. There are some that fail with
-        one slot a token (a squeeze too many); those get a second one, of weight 0."""
+        """The first slots of a routing for the module's own forward, with a second one of weight 0
+        where that needs two."""
 
-        def least() -> int:
-            try:
-                call.plain(call.x[:1], routing=(indices[:1, :1], weights[:1, :1]))
-            except (IndexError, RuntimeError, ValueError):
-                return 2
-            return 1
+        def one(*routing: Tensor) -> Any:
+            return call.plain(call.x[:1], routing=routing)  # type: ignore[arg-type]
 
         if count == 1:
-            count = call.known(least, "least")
+            count = call.known(lambda: least_slots(one, indices[:1], weights[:1]), "least")
         return indices[:, :count].contiguous(), weights[:, :count].contiguous()
 
     def _in_turn(

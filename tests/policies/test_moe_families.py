@@ -1,6 +1,7 @@
 """ExpertSkip on every family with mixture-of-experts layers, against slow oracles made of the
 model's own parts."""
 
+import functools
 import math
 import re
 from pathlib import Path
@@ -28,6 +29,7 @@ UNNORMALISED = {
     "unlimited_ocr",
 }  # fmt: skip
 INSIDE = {"hidream", "nucleus_moe_image"}  # the routing is no argument of a module
+UNFITTED = {*INSIDE, "nllb_moe"}  # nor what every token asks, here
 POLICIES = [ExpertSkip(ratio=0.8), ExpertSkip(top_k=1)]
 NOTHING = [ExpertSkip(ratio=0.0), ExpertSkip(mass=1.0), ExpertSkip(top_k=64), ExpertSkip()]
 
@@ -190,3 +192,21 @@ def choosing(policy, one_sum, layer, hidden, unmodulated, *, timestep):
         y = (nn.functional.silu(gate) * up) @ layer.experts.down_proj[e]
         out = out + some[:, e : e + 1] * y
     return out.view(batch, tokens, width), dropped
+
+
+@pytest.mark.parametrize("with_data", [True, False], ids=["data", "noise"])
+def test_top_k_is_fitted(family, with_data):
+    most = [getattr(site.module, "top_k", None) for site in family.routers]
+    fit = functools.partial(
+        ExpertSkip(top_k=1).fit, family.model, family.inputs if with_data else None, progress=False
+    )
+    if family.name in UNFITTED:
+        with pytest.raises(UnsupportedModelError, match="give the numbers"):
+            fit(target=1.5)
+        return
+    fitted = fit(target=1.5)
+    assert len(fitted.top_k) == len({site.path for site in family.sites})
+    if not with_data:  # which does not reach every mixture
+        assert 1.0 <= fitted.artifact.tensors["kept"].mean() <= 1.5 + 1e-6
+    assert all(k is None or 1 <= n <= k for n, k in zip(fitted.top_k, most, strict=False))
+    assert family.same()
