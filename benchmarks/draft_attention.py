@@ -121,7 +121,9 @@ def mass_kept(
     return rows
 
 
-def generations(model: Any, pool: tuple[int, ...], select: Any, repeats: int) -> list[dict]:
+def generations(
+    model: Any, pool: tuple[int, ...], select: Any, repeats: int, force: bool
+) -> list[dict[str, Any]]:
     """Speed, drift and PSNR of whole generations, beside what a user has for nothing."""
     pipe = model.pipeline()
     classifier = load_classifier()
@@ -155,6 +157,8 @@ def generations(model: Any, pool: tuple[int, ...], select: Any, repeats: int) ->
     table = evaluate(
         run(STEPS), contestants, [item], metric="drift", repeats=repeats, target=pipe, progress=True
     )
+    if not force:
+        table.check_quiet(MAX_SPREAD)
     left_out = {row.label: row.flops_skipped for row in table.rows}
     both = left_out["every second step + draft 0.75"]
     assert all(left_out[name] for name in contestants if "steps" not in name), left_out
@@ -349,7 +353,7 @@ def main() -> None:
         keep("mass", mass)
     if "generations" in options.parts and options.device == "cpu":
         pool, select = tuple(result["mass"]["pool"]), result["mass"]["select"]
-        keep("generations", generations(model, pool, select, options.repeats))
+        keep("generations", generations(model, pool, select, options.repeats, options.force))
 
 
 if __name__ == "__main__":
