@@ -185,19 +185,24 @@ def _totals(session: Session, lines: list[Data], summaries: list[Any], run: int 
     if run is None:
         forwards, reads = session.forwards, session.host_reads
         plain, unknown = tally.plain_flops, tally.uncounted_forwards
+        looks, beside = tally.looks, tally.look_flops
     else:
         forwards = sum(s.forwards for s in summaries)
         reads = sum(s.host_reads for s in summaries)
         plain = sum(s.plain_flops for s in summaries)
+        looks, beside = (
+            sum(n) for n in zip(*((s.looks, s.look_flops) for s in summaries), strict=True)
+        )
         unknown = sum(s.uncounted for s in summaries) and forwards
     complete = plain > 0 and not unknown and not uncounted
     return {
         "forwards": forwards,
+        "looks": looks,
         "visits": visits,
         "skipped": sum(line["skipped"] for line in lines),
         "partly": sum(line["partly"] for line in lines),
         "share_skipped": _share(left_out, visits),
-        "flops_saved": sum(line["flops_saved"] for line in lines),
+        "flops_saved": sum(line["flops_saved"] for line in lines) - beside,
         "flops_plain": plain if complete else None,
         "uncounted_visits": uncounted,
         "uncounted_forwards": unknown,

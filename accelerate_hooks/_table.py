@@ -70,6 +70,12 @@ def footer(data: Data) -> Iterable[tuple[str, str]]:
         yield "idle", f"{policy} skipped nothing"
     if totals["visits"]:
         yield "FLOPs", flops_text(totals)
+        if totals["looks"]:
+            yield (
+                "beside",
+                f"{_many(totals['looks'], 'forward')} to learn what blocks hand on, once a "
+                "session; taken off what was saved",
+            )
         if data["equal_cost"]:
             cost = data["equal_cost"]
             many = f", mean of {cost['runs']} runs" if cost["runs"] > 1 else ""

@@ -114,15 +114,20 @@ class Call:
 
     @property
     def depth(self) -> int:
-        """How many modules of this kind at which this policy can act the model has before this one,
-        whether or not ``only=`` leaves them out."""
+        """How many modules there are `before` this one."""
+        return len(self.before)
+
+    @property
+    def before(self) -> list[str]:
+        """The paths of the modules of this kind at which this policy can act and that the model has
+        before this one, whether or not ``only=`` leaves them out."""
         session, index = self._frame.session, self._policy_index
         facts = session.record(self.site).facts
-        if ("depth", index) not in facts:
+        if ("before", index) not in facts:
             kin = [s for s in session.root(self._frame.root).sites if s.kind == self.site.kind]
             mine = [s.path for s in kin if not s.visit and self._policies[0][1].acts(s)]
-            facts["depth", index] = mine.index(self.site.path)
-        return facts["depth", index]
+            facts["before", index] = mine[: mine.index(self.site.path)]
+        return facts["before", index]
 
     def peers(self) -> list[Site]:
         """The sites of this kind and stack at which this policy acts, in order."""

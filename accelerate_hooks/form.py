@@ -144,7 +144,14 @@ class Form:
                 return passed[path]
             if isinstance(role, _Input):
                 return tree.get(arguments, role.path)
-            return None if role.weights and path not in held else held[path]
+            if role.weights and path not in held:
+                return None
+            if call.site.kind == "block" and path not in passed:
+                call.remark(
+                    f"{type(call.site.module).__name__} gives more than the next block takes; "
+                    "where it is left out, that is what it gave when it was last computed"
+                )
+            return held[path]
 
         return _walk(known.roles, value)
 

@@ -41,6 +41,10 @@ class Root:
         self.class_name = type(model).__name__
         self.patch = patch
         self.sites = sites
+        first: dict[str, Site] = {}
+        for site in sites:
+            if first.setdefault(site.path, site).kind != site.kind:
+                site.learn(alone=False)
         self.recogniser = Recogniser()
         self.flow = flow.Flow()
         self.asks_blocks = False
@@ -61,6 +65,14 @@ class Root:
     @property
     def site(self) -> Site:
         return self.sites[0]
+
+    @property
+    def gives_sample(self) -> bool:
+        """Whether what it predicts has the sample's channels, as far as its config says: one that
+        is given a masked picture beside it, or tells a variance too, gives others."""
+        config = getattr(self.model, "config", None) or {}
+        given, made = (getattr(config, f"{way}_channels", None) for way in ("in", "out"))
+        return not isinstance(given, int) or not isinstance(made, int) or given == made
 
     @property
     def denoises(self) -> bool:
@@ -88,6 +100,7 @@ class Frame:
         "keys",
         "left_out",
         "length",
+        "looks",
         "outer",
         "parent",
         "partial",
@@ -123,6 +136,7 @@ class Frame:
         self.pending: list[Any] = []
         self.visits: dict[Seam, int] = {}
         self.reads = 0
+        self.looks = 0
         self.left_out = 0
         self.saved_flops = 0
         self.uncounted = 0

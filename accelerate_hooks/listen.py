@@ -40,7 +40,7 @@ def begin(session: Session, scheduler: Any) -> None:
     session.schedules.current.set(schedule)
     patch = session.roots[0].patch
     try:
-        schedule.noise = patch.noise(scheduler)
+        schedule.learn_noise(patch.noise(scheduler))
         schedule.prediction = patch.prediction(scheduler)
         schedule.strides = patch.strides(scheduler)
         times = [float(t) for t in scheduler.timesteps.tolist()]

@@ -59,9 +59,9 @@ def step_of(root: Root, schedules: Schedules, arguments: dict[str, Any]) -> Step
         f"{root.name} {branch}" if root.name else branch,
         signal,
         timestep,
-        moment,
+        moment if known is None or known.one_way else None,
         noise=known.level(clock) if known else None,
-        prediction=known.prediction if known else None,
+        prediction=known.prediction if known and root.gives_sample else None,
         stride=known.stride(clock) if known else None,
     )
 

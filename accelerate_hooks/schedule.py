@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextvars
+import itertools
+import math
 import weakref
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -18,12 +20,16 @@ if TYPE_CHECKING:
     from accelerate_hooks.clock import Clock
 
 
+_ROUNDING = 1e-3  # of the mean distance between two levels
+
+
 @dataclass(eq=False)
 class Schedule:
     """What a hooked scheduler told in this context: a run from ``set_timesteps`` to the last
     ``step``. ``turns`` where its timesteps do not all go one way, ``entry`` is where a loop entered
     them that did not tell the scheduler so, ``count`` how many steps the pipeline says that it
-    makes."""
+    makes. ``one_way`` unless its noise levels go to and fro: then neither they nor its timesteps
+    are a clock."""
 
     run: Run
     timesteps: Any
@@ -32,6 +38,7 @@ class Schedule:
     prediction: str | None = None
     strides: list[float] = field(default_factory=list)
     turns: bool = False
+    one_way: bool = True
     index: int = 0
     entry: int | None = None
     count: int | None = None
@@ -47,6 +54,21 @@ class Schedule:
         """Steps of this run."""
         rest = len(self.timesteps) - self.begin
         return rest if self.count is None else min(self.count, rest)
+
+    def learn_noise(self, levels: list[tuple[float, float]]) -> None:
+        """(alpha, sigma) by step. Two in a row that differ by rounding alone are one level (the
+        second evaluation of a step of KDPM2Ancestral stands where the next step does, almost):
+        a predictor divides by their distance."""
+        ratios = [_log_ratio(*level) for level in levels]
+        gaps = [0.0 if a == b else b - a for a, b in itertools.pairwise(ratios)]
+        finite = [abs(gap) for gap in gaps if math.isfinite(gap)]
+        least = _ROUNDING * sum(finite) / max(1, len(finite))
+        self.noise = levels[:1]
+        for level, gap in zip(levels[1:], gaps, strict=True):
+            self.noise.append(self.noise[-1] if abs(gap) < least else level)
+        self.one_way = all(g <= least for g in gaps) or all(g >= -least for g in gaps)
+        if not self.one_way:
+            self.noise = []
 
     def restart(self) -> None:
         self.stop()
@@ -89,6 +111,10 @@ class Schedule:
         """The generation is over: its last step made, its loop left, or another one begun."""
         self.run.ended = True
         self.run.clear()
+
+
+def _log_ratio(alpha: float, sigma: float) -> float:
+    return math.log(sigma / alpha) if alpha > 0 < sigma else math.copysign(math.inf, sigma - alpha)
 
 
 class Schedules:

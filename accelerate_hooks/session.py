@@ -356,6 +356,7 @@ class Session:
             self._rewind(frame, state, before)
             frame.watch, frame.plainly = root.flow.watch(), True
             seam.original(*args, **kwargs)
+        frame.looks += 1
         root.flow.settle(self, root, frame.watch or flow.Watch())
         frame.watch, frame.plainly, frame.repeatable = None, False, False
         self._rewind(frame, state, before)

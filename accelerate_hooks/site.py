@@ -97,8 +97,9 @@ class Site:
     """One interceptable place. A module that is visited several times in a forward (ALBERT's
     shared layer) has one site a visit; ``index`` of ``count`` is the place in its ``stack``,
     the run of blocks whose output is the next one's input. ``parts`` are the kinds of sites that
-    the enclosing block has inside. A site is itself (no equality by value): ports and places in a
-    stack are learned of it later.
+    the enclosing block has inside. It is not ``alone`` where its module is a site of another kind
+    too (HiDream's MLPs are mixtures of experts). A site is itself (no equality by value): ports and
+    places in a stack are learned of it later.
     """
 
     kind: Kind
@@ -110,10 +111,12 @@ class Site:
     stack: str = ""
     visit: int = 0
     parts: frozenset[Kind] = frozenset()
+    alone: bool = True
 
     @property
     def name(self) -> str:
-        return f"{self.path}#{self.visit}" if self.visit else self.path or "(model)"
+        name = f"{self.path}#{self.visit}" if self.visit else self.path or "(model)"
+        return name if self.alone else f"{name} ({self.kind})"
 
     def around(self, root: nn.Module) -> Iterator[tuple[nn.Module, str]]:
         """The modules of ``root`` around this one, innermost first, each with the name of the child

@@ -19,7 +19,8 @@ _RECENT = 64
 @dataclass(eq=False)
 class Summary:
     """One run in numbers. ``plain_flops`` is what its forwards would have needed without policies,
-    ``uncounted`` the forwards and skipped visits whose FLOPs are not known."""
+    ``uncounted`` the forwards and skipped visits whose FLOPs are not known, ``looks`` the forwards
+    that were made beside, to learn what blocks hand on: theirs are not saved."""
 
     number: int
     model: str
@@ -34,6 +35,8 @@ class Summary:
     plain_flops: int = 0
     saved_flops: int = 0
     uncounted: int = 0
+    looks: int = 0
+    look_flops: int = 0
     peak_bytes: int = 0
 
 
@@ -45,6 +48,8 @@ class Tally:
         self.older: Counter[str] = Counter()  # runs by signal that are no longer in `recent`
         self.older_ambiguous: Counter[str] = Counter()
         self.plain_flops = 0
+        self.looks = 0
+        self.look_flops = 0
         self.uncounted_forwards = 0
         self.peak_bytes = 0
         self._live: weakref.WeakKeyDictionary[Run, Summary] = weakref.WeakKeyDictionary()
@@ -66,7 +71,11 @@ class Tally:
         summary.forwards += 1
         summary.host_reads += frame.reads
         summary.skipped += frame.left_out
-        summary.saved_flops += frame.saved_flops
+        beside = frame.looks * (plain or 0)
+        for counts in (self, summary):
+            counts.looks += frame.looks
+            counts.look_flops += beside
+        summary.saved_flops += frame.saved_flops - beside
         summary.uncounted += frame.uncounted + (plain is None)
         summary.peak_bytes = run.peak_bytes
         self.peak_bytes = max(self.peak_bytes, run.peak_bytes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from accelerate_hooks.kernels._dispatch import FALLBACKS, KernelError, heard
+from accelerate_hooks.kernels._dispatch import FALLBACKS, KernelError, heard, in_given_dtype
 from accelerate_hooks.kernels.acceptance import esap
 from accelerate_hooks.kernels.block_sparse import block_sparse_attention
 from accelerate_hooks.kernels.experts import skip_experts
@@ -19,6 +19,7 @@ __all__ = [
     "block_sparse_attention",
     "esap",
     "heard",
+    "in_given_dtype",
     "pool_tokens",
     "select_blocks",
     "skip_experts",

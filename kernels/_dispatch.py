@@ -9,13 +9,16 @@ import os
 from collections import Counter
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from accelerate_hooks.kernels import _native as native
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 CHOICES = ("auto", "torch", "triton")
 FALLBACKS: Counter[tuple[str, str]] = Counter()
@@ -36,11 +39,26 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         schema = torch.library.infer_schema(function, mutates_args=())
         _LIBRARY.define(f"{name}{schema}")
         # a compiler that is at work on the caller's code leaves ours alone
-        body = torch._disable_dynamo(function)
+        body = torch._disable_dynamo(in_given_dtype(function))
         _LIBRARY.impl(name, body, "CompositeExplicitAutograd")
         return function
 
     return register
+
+
+def in_given_dtype(function: Callable[P, T]) -> Callable[P, T]:
+    """Run a function of tensors without autocast: it says itself in which dtype it computes."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        tensors = (t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
+        device = next((t.device.type for t in tensors), "cpu")
+        if not torch.is_autocast_enabled(device):
+            return function(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return function(*args, **kwargs)
+
+    return run
 
 
 class KernelError(ValueError):

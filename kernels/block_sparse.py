@@ -33,6 +33,7 @@ from accelerate_hooks.kernels._dispatch import (
 )
 
 BlockMask = Tensor | tuple[Tensor, Tensor]
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _LOG2E = 1.4426950408889634
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _BUFFER = 1 << 21  # bytes of gathered keys (as many of values): what stays in the caches
@@ -155,7 +156,7 @@ def reference(
     scores = (q.to(wide) @ k.transpose(-1, -2) * scale).masked_fill(~seen, -math.inf)
     lse = scores.logsumexp(-1) if m else scores.new_full(scores.shape[:-1], -math.inf)
     weights = (scores - lse.masked_fill(lse == -math.inf, 0.0).unsqueeze(-1)).exp()
-    out = torch.empty_like(q, dtype=wide)
+    out = torch.empty_like(q, dtype=wide, memory_format=torch.contiguous_format)
     for row in (slice(i, i + block_q) for i in range(0, n, block_q)):
         unseen = ~seen[:, :, row].any(2).unsqueeze(-1)  # 0 * inf is not 0
         out[:, :, row] = weights[:, :, row] @ v.masked_fill(unseen, 0.0)
@@ -442,7 +443,7 @@ def _check_indices(counts: Tensor, indices: Tensor) -> None:
 
 
 def _check_whole(t: Tensor, name: str) -> None:
-    whole = isinstance(t, Tensor) and not t.is_floating_point() and t.dtype != torch.bool
+    whole = isinstance(t, Tensor) and t.dtype in _WHOLE
     require(whole, lambda: f"{name} are {described(t)}; give integers")
 
 

@@ -52,8 +52,9 @@ def skip_experts(
 
     ``hidden`` is ``[T, H]``, ``indices`` and ``weights`` ``[T, k]``; ``up`` is ``[E, F, H]`` (``F``
     twice the width ``I`` where gated) and ``down`` ``[E, H, I]``, or with ``transposed``
-    ``[E, H, F]`` and ``[E, I, H]``; ``up_bias`` is ``[E, F]``, ``down_bias`` ``[E, H]``. float32,
-    float16 or bfloat16. There is no backward: call it under ``torch.no_grad()``.
+    ``[E, H, F]`` and ``[E, I, H]``; ``up_bias`` is ``[E, F]``, ``down_bias`` ``[E, H]``. Any
+    floating-point dtype, sums in float32 at least. There is no backward: call it under
+    ``torch.no_grad()``.
     """
     _check(hidden, indices, weights, up, down, up_bias, down_bias, act, gated, transposed)
     return torch.ops.accelerate_hooks.skip_experts(
@@ -141,18 +142,18 @@ def grouped(
     x, sizes = hidden.index_select(0, token), counts.tolist()
     y = hidden.new_empty(len(token), hidden.shape[1])
     parts = zip(touched.tolist(), x.split(sizes), y.split(sizes), strict=True)
-    with torch.autocast(hidden.device.type, enabled=False):  # what is given has one dtype
-        for e, some, place in parts:
-            first, second = (m[e] if transposed else m[e].mT for m in (up, down))
-            features = some @ first
-            if up_bias is not None:
-                features += up_bias[e]
-            torch.mm(activate(features, act, gated), second, out=place)
-    y = y.float()
+    for e, some, place in parts:
+        first, second = (m[e] if transposed else m[e].mT for m in (up, down))
+        features = some @ first
+        if up_bias is not None:
+            features += up_bias[e]
+        torch.mm(activate(features, act, gated), second, out=place)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    y = y.to(wide)
     if down_bias is not None:
         y += down_bias[expert]
-    y *= weights[token, slot].float().unsqueeze(1)
-    out = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+    y *= weights[token, slot].to(wide).unsqueeze(1)
+    out = torch.zeros(hidden.shape, dtype=wide, device=hidden.device)
     return out.index_add_(0, token, y).to(hidden.dtype)
 
 

@@ -14,6 +14,7 @@ The greatest of a row that would have none is kept as well: no row is empty. NaN
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,7 +24,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from accelerate_hooks.kernels._dispatch import described, require, require_tensors
+from accelerate_hooks.kernels._dispatch import (
+    described,
+    in_given_dtype,
+    require,
+    require_tensors,
+)
 from accelerate_hooks.kernels.block_sparse import check, check_key_mask
 
 Rule = Literal["quantile", "row", "mass"]
@@ -168,6 +174,7 @@ def select_blocks(
     return plan.choose(scores, share)
 
 
+@in_given_dtype
 def attention_mass(
     q: Tensor,
     k: Tensor,
@@ -193,7 +200,7 @@ def attention_mass(
     block = min(block, max(1, n, m))
     rows, columns = math.ceil(n / block), math.ceil(m / block)
     keys = k.float().repeat_interleave(heads // k.shape[1], 1).transpose(-1, -2)
-    scale = 1.0 / math.sqrt(d) if scale is None else scale
+    scale = 1.0 / math.sqrt(max(d, 1)) if scale is None else scale
     parts: list[Tensor] = []
     for row in range(rows):
         some = q[:, :, row * block : (row + 1) * block].float()
@@ -242,7 +249,8 @@ def _rounding(share: float | Tensor) -> float:
 
 
 def _check_share(share: float | Tensor, lead: tuple[int, ...]) -> None:
-    """Values of a tensor are read on a CPU only: elsewhere this would wait for them."""
+    """Values of a tensor are read on a CPU only: elsewhere this would wait for them. Under vmap and
+    in fake tensors there are none."""
     if not isinstance(share, Tensor):
         ok = isinstance(share, Real) and 0.0 <= share <= 1.0
         require(ok, lambda: f"share={share!r} is out of range; give 0 to 1")
@@ -255,7 +263,8 @@ def _check_share(share: float | Tensor, lead: tuple[int, ...]) -> None:
     )
     ok = not share.is_complex()
     if ok and share.device.type == "cpu" and not torch.compiler.is_compiling():
-        ok = bool(((share >= 0) & (share <= 1)).all())
+        with contextlib.suppress(RuntimeError):
+            ok = bool(((share >= 0) & (share <= 1)).all())
     require(ok, f"share ({share.dtype}) is out of range; give real numbers from 0 to 1")
 
 

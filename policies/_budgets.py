@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -28,7 +28,8 @@ GRID = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 1.0)
 @dataclass
 class Curve:
     """Of one layer: the mass kept ``[heads, len(GRID)]`` at each density, summed over visits, and
-    the densities themselves (blocks kept by name are in them)."""
+    the densities themselves: of blocks that may be left out, as ``sparsity`` counts them, those
+    kept by name (the diagonal, sinks) included."""
 
     kept: Tensor
     density: Tensor
@@ -63,22 +64,23 @@ class Probe(Policy):
         return frozenset({Effect.REPLACE})
 
     def around(self, call: Call) -> Any:
-        if call.step.index % self.every:
+        if call.step.index % self.every or self.policy.dense(call) is not None:
             return call.proceed()
         return call.attention(lambda a: self._look(call, a))
 
     def _look(self, call: Call, a: Attention) -> Tensor:
         policy = self.policy
         seen = policy.prepare(call, a)
-        if seen is not None:
+        if seen is not None and seen[0].selection.free.any():
             plan, q, k, _, key_mask, scale = seen
             draft = policy.draft(call, plan, q, k, scale, key_mask)
             mass = attention_mass(
                 q, k, plan.block, scale=scale, is_causal=a.is_causal, key_mask=key_mask
             )
             masks = [plan.selection.choose(draft, share) for share in GRID]
-            kept = torch.stack([(mass * m).sum(-1).mean((0, 2)) for m in masks], -1)
-            density = torch.stack([m.double().mean((0, 2, 3)) for m in masks], -1)
+            kept = torch.stack([plan.kept(mass, m, key_mask).mean(0) for m in masks], -1)
+            free = plan.selection.free.to(q.device)
+            density = torch.stack([m[..., free].double().mean((0, 2)) for m in masks], -1)
             name = call.site.name
             if name in self.curves:
                 self.curves[name].add(kept.cpu(), density.cpu())
@@ -153,6 +155,12 @@ def allocate(curves: dict[str, Curve], target: float) -> tuple[dict[str, Tensor]
             for a, b in itertools.pairwise(points):
                 x, y = density[head].tolist(), kept[head].tolist()
                 pieces.append((-slope(x, y, a, b), x[b] - x[a], name, head, b))
+    if spent > target * heads:
+        raise SpecError(
+            f"draft_attention: target={target:.3g} is out of reach: what is kept by name (the "
+            f"diagonal, sinks, one block a row) is a density of {spent / heads:.3g} here; give "
+            "more, or smaller regions with pool="
+        )
     for _, width, name, head, b in sorted(pieces):
         room = target * heads - spent
         if room <= 0:
@@ -160,9 +168,20 @@ def allocate(curves: dict[str, Curve], target: float) -> tuple[dict[str, Tensor]
         low, part = shares[name][head].item(), min(1.0, room / width)
         shares[name][head] = low + part * (GRID[b] - low)
         spent += part * width
-    equal = sum(_at(curve, torch.full_like(shares[name], target)) for name, curve in curves.items())
+    mean = torch.cat([c.density.double() / c.visits for c in curves.values()]).mean(0).tolist()
+    same = _inverse(mean, GRID, target)
+    equal = sum(_at(curve, torch.full_like(shares[name], same)) for name, curve in curves.items())
     fitted = sum(_at(curve, shares[name]) for name, curve in curves.items())
     return shares, {"mass_equal": equal / heads, "mass_fitted": fitted / heads}
+
+
+def _inverse(values: Sequence[float], places: Sequence[float], wanted: float) -> float:
+    """The greatest place at which rising ``values`` reach ``wanted``, by linear interpolation."""
+    last = max(i for i, value in enumerate(values) if value <= wanted + 1e-12)
+    if last == len(values) - 1:
+        return places[-1]
+    part = (wanted - values[last]) / (values[last + 1] - values[last])
+    return places[last] + max(0.0, part) * (places[last + 1] - places[last])
 
 
 def _at(curve: Curve, shares: Tensor) -> float:

@@ -9,6 +9,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
+from accelerate_hooks.errors import UnsupportedModelError
 from accelerate_hooks.kernels import skip_experts
 from accelerate_hooks.kernels.experts import Act, activate
 from accelerate_hooks.opaque import opaque_functions
@@ -56,7 +57,13 @@ def each_slot(run: Run, indices: Tensor, weights: Tensor, least: int) -> Tensor:
     alone = torch.zeros_like(weights[:, :1].expand(-1, least))
     alone[:, 0] = 1.0
     slots = range(indices.shape[1])
-    return torch.stack([run(indices[:, [s] * least], alone).detach() for s in slots], 1)
+    ys = [run(indices[:, [s] * least], alone).detach() for s in slots]
+    if any(y.layout != torch.strided or y.ndim != 2 or len(y) != len(indices) for y in ys):
+        raise UnsupportedModelError(
+            "expert_skip: experts that are given indices and weights [tokens, k] give back no "
+            "dense [tokens, width], and cannot be fitted; give the numbers yourself"
+        )
+    return torch.stack(ys, 1)
 
 
 def slot_flops(module: nn.Module, experts: int | None = None) -> float:

@@ -20,6 +20,9 @@ from accelerate_hooks.site import Site
 Criterion = Literal["aimer", "frequency", "router_weight", "activation_norm", "reap"]
 
 
+_ASKED = ("top_k", "num_experts_per_tok", "top_k_experts")
+
+
 @dataclass(frozen=True, eq=False)
 class Layer:
     """One mixture: its experts, their number, the router before them, and its place among the
@@ -32,9 +35,14 @@ class Layer:
 
     @property
     def top_k(self) -> int | None:
-        """How many of them a token asks, where the router says it."""
-        found = getattr(self.router.module, "top_k", None)
-        return found if isinstance(found, int) else None
+        """How many of them a token asks, where the router or its config says it."""
+        router = self.router.module
+        for holder in (router, getattr(router, "config", None)):
+            for name in _ASKED:
+                found = getattr(holder, name, None)
+                if isinstance(found, int):
+                    return found
+        return None
 
     def serves(self, kept: Tensor) -> bool:
         """Whether a token finds as many experts as it asks among ``kept`` ``[E']``, whichever
@@ -50,8 +58,8 @@ class Layer:
 
 
 def mixtures(sites: list[Site], policy: str = "expert_skip") -> list[Layer]:
-    """The mixtures among ``sites``, in their order. Raises UnsupportedModelError where one has no
-    router of its own, or experts that cannot be counted."""
+    """The mixtures among ``sites``, in their order. Raises UnsupportedModelError where there is
+    none, and where one has no router of its own, or experts that cannot be counted."""
     routers = [site for site in sites if site.kind == "router"]
     layers = []
     for site in sites:
@@ -62,10 +70,17 @@ def mixtures(sites: list[Site], policy: str = "expert_skip") -> list[Layer]:
         if len(beside or near) != 1:
             raise UnsupportedModelError(
                 f"{policy}: pruning hides experts from their router, and {site.name} has "
-                f"{len(near)} of them as modules; use the rules that act at run time instead"
+                f"{len(near)} of them as modules that only= leaves it; use the rules that act at "
+                "run time instead, or name the router too"
             )
         count = len(per_expert(site.module))
         layers.append(Layer(site, (beside or near)[0], count, len(layers)))
+    if not layers:
+        raise UnsupportedModelError(
+            f"{policy}: there are routers here and no experts sites (their module is wrapped, or "
+            "only= leaves it out), so nothing can be pruned; `accelerate-hooks inspect` lists the "
+            "sites there are"
+        )
     return layers
 
 

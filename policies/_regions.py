@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from accelerate_hooks.errors import SpecError
-from accelerate_hooks.kernels import Rule, Selection, pool_tokens, tile_order
+from accelerate_hooks.kernels import Rule, Selection, in_given_dtype, pool_tokens, tile_order
 from accelerate_hooks.opaque import opaque_functions
 from accelerate_hooks.site import TokenLayout
 
@@ -70,21 +70,33 @@ class Plan:
     def restore(self, t: Tensor) -> Tensor:
         return t if self.back is None else t.index_select(2, self.back)
 
+    @in_given_dtype
     def draft(self, q: Tensor, k: Tensor, scale: float, seen: Tensor | None = None) -> Tensor:
         """The attention map of blocks ``[B, Hq, R, R]``, float32; keys that nobody sees (``seen``
         False) are in no mean."""
-        counts = self.sizes.float()
+        counts = self._counts(seen)
         if seen is not None:
-            shares = self._pooled(seen[:, None, :, None].float())
             k = k * seen[:, None, :, None]
-            counts = counts * shares.squeeze(-1).unsqueeze(2)
         queries, keys = (self._pooled(t).float() for t in (q, k))
         if seen is not None:
-            keys = keys / shares.clamp(min=1e-6)
+            keys = keys * (self.sizes / counts.clamp(min=1e-6)).unsqueeze(-1)
         keys = keys.repeat_interleave(q.shape[1] // k.shape[1], 1)
-        scores = queries @ keys.transpose(-1, -2) * scale + counts.log()
+        scores = queries @ keys.transpose(-1, -2) * scale + counts.unsqueeze(-2).log()
         scores = scores.masked_fill(self.selection.unseen(q.device), -math.inf)
         return scores.softmax(-1).nan_to_num(0.0)
+
+    def kept(self, mass: Tensor, mask: Tensor, seen: Tensor | None = None) -> Tensor:
+        """The share of ``attention_mass`` in the blocks of ``mask``, the mean over queries (those
+        ``seen``): ``[B, Hq]``."""
+        counts = self._counts(seen)
+        return ((mass * mask).sum(-1) * counts / counts.sum(-1, keepdim=True)).sum(-1)
+
+    def _counts(self, seen: Tensor | None) -> Tensor:
+        """How many tokens a block has, of those ``seen``: ``[B or 1, 1, R]``."""
+        sizes = self.sizes.float().view(1, 1, -1)
+        return (
+            sizes if seen is None else sizes * self._pooled(seen[:, None, :, None].float())[..., 0]
+        )
 
     def _pooled(self, t: Tensor) -> Tensor:
         return pool_tokens(t, (self.tokens,), (self.block,))

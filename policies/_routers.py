@@ -85,7 +85,7 @@ def route(call: Call, plan: Plan) -> Any:
 
     Raises UnsupportedModelError at the first visit if it does not obey.
     """
-    told, device = plan, call.x.device
+    told, device = plan, next(tree.leaves(call.given()))[1].device
     plan = call.known(lambda: told.to(device), f"plan on {device}")  # no copy a visit
     return _follow(
         call.site, plan, call.proceed,

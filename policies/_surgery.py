@@ -49,8 +49,8 @@ class Removed:
             )
         for name, parameter in self.parameters.items():
             now = self.module._parameters.get(name)
-            if now is None or now.is_meta:  # somebody has offloaded what was left
-                continue
+            if now is None or now is parameter or now.is_meta:
+                continue  # nothing has taken its place, or somebody has offloaded that
             if (now.device, now.dtype) != (parameter.device, parameter.dtype):
                 parameter.data = parameter.data.to(now.device, now.dtype)
             if self.kept is not None and len(now) == len(self.kept):  # they may have been trained

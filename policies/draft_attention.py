@@ -188,21 +188,21 @@ class DraftAttention(Policy):
     # -- one visit ---------------------------------------------------------------------------
 
     def around(self, call: Call) -> Any:
-        why = self._dense(call)
+        why = "sparsity=0" if self.sparsity == 0.0 and self.mass is None else self.dense(call)
         if why is not None:
             call.note(why)
             return call.proceed()
-        return call.attention(lambda attention: self._attend(call, attention))
+        told: list[dict[str, float]] = []
+        out = call.attention(lambda attention: self._attend(call, attention, told))
+        if told:
+            call.note("draft", **_together(told))
+        return out
 
-    def _dense(self, call: Call) -> str | None:
-        """Why this visit is computed in full, or None."""
+    def dense(self, call: Call) -> str | None:
+        """Why this visit is computed in full, whatever is attended to in it, or None."""
         step = call.step
-        if self.sparsity == 0.0 and self.mass is None:
-            return "sparsity=0"
         if step.phase == "decode":
             return "one token attends"
-        if self.dense_blocks and call.depth < self.dense_blocks:
-            return "one of the first layers"
         if step.phase == "denoise" and self.dense_steps:
             count: float | None = self.dense_steps
             if self.dense_steps < 1:
@@ -220,7 +220,7 @@ class DraftAttention(Policy):
         return None
 
     @uncompiled
-    def _attend(self, call: Call, a: Attention) -> Tensor:
+    def _attend(self, call: Call, a: Attention, told: list[dict[str, float]]) -> Tensor:
         clock = _Clock(a.q)
         prepared = self.prepare(call, a)
         if prepared is None:
@@ -255,29 +255,43 @@ class DraftAttention(Policy):
                 true = attention_mass(
                     q, k, plan.block, scale=scale, is_causal=a.is_causal, key_mask=seen
                 )
-                kept = (true * mask).sum(-1).mean()
-                numbers["mass_kept"] = call.read(kept)[0]
-        call.note("draft", **numbers)
+                numbers["mass_kept"] = call.read(plan.kept(true, mask, seen).mean())[0]
+        told.append(numbers)
         return out
 
     def prepare(self, call: Call, a: Attention) -> Prepared | None:
         """Plan, reordered q, k, v and key mask, and the scale; None where an attention is to be
         computed in full (the reason is noted)."""
-        if a.is_cross:
-            call.note("attention to another sequence")
-            return None
         seen, why = _key_mask(a)
-        why = why or _unfit(a)
+        why = "attention to another sequence" if a.is_cross else why or _unfit(a)
         if why is not None:
-            call.note(why)
+            self._pass_over(call, why)
             return None
         plan = self._plan(call, a)
         if plan.rows < 2:
-            call.note(f"a single block of {plan.block} tokens")
+            self._pass_over(call, f"a single block of {plan.block} tokens")
+            return None
+        if self.dense_blocks and self._layer(call) < self.dense_blocks:
+            call.note("one of the first layers")
             return None
         q, k, v = (plan.reorder(t) for t in _cast(a.q, a.k, a.v))
         seen = None if seen is None else plan.reorder(seen, 1)
         return plan, q, k, v, seen, 1.0 / math.sqrt(a.q.shape[-1]) if a.scale is None else a.scale
+
+    def _pass_over(self, call: Call, why: str) -> None:
+        """This attention is none of the layers that are counted."""
+        call.note(why)
+        call.slot(dict, scope="run")["passed over", call.site.path] = True
+
+    def _layer(self, call: Call) -> int:
+        """How many layers of self-attention come before this one, whatever only= leaves out: the
+        modules around attentions that are not known to be passed over."""
+        known: dict[Any, Any] = call.slot(dict, scope="run")
+        key = ("layer", call.site.path)
+        if key not in known:
+            before = [p for p in call.before if ("passed over", p) not in known]
+            known[key] = len({p.rpartition(".")[0] for p in (*before, call.site.path)}) - 1
+        return known[key]
 
     def draft(
         self, call: Call, plan: Plan, q: Tensor, k: Tensor, scale: float, seen: Tensor | None
@@ -385,6 +399,12 @@ def _unfit(a: Attention) -> str | None:
     if a.q.ndim != 4 or a.v.shape[-1] != a.q.shape[-1]:
         return "heads of another form"
     return None
+
+
+def _together(told: list[dict[str, float]]) -> dict[str, float]:
+    """The numbers of the attentions of one visit: their times, the means of what else there is."""
+    sums = {name: sum(numbers[name] for numbers in told) for name in told[0]}
+    return {n: v if n.endswith("_ms") else v / len(told) for n, v in sums.items()}
 
 
 class _Clock:

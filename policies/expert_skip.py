@@ -304,7 +304,7 @@ class ExpertSkip(Policy):
             return out if means is None else out + instead(means, indices, ranked * ~first)
         kept = self.keep(ranked, limit, call.depth)
         some = self._weighed(call, ranked, kept, total, means)
-        lost = _lost(ranked * kept, total)
+        lost = _lost(ranked, kept)
         counts = kept.sum(-1)
         tokens = (counts.unsqueeze(1) == torch.arange(1, k + 1, device=counts.device)).sum(0)
         *sizes, dropped, worst = call.read(*tokens, lost.mean(), lost.max())
@@ -353,7 +353,7 @@ class ExpertSkip(Policy):
         kept = self.keep(weights, limit, call.depth)
         total = weights.sum(-1, keepdim=True)
         some = self._renormalised(call, weights * kept, total)
-        lost = _lost(weights * kept, total)
+        lost = _lost(weights, kept)
         mean, dropped, worst = call.read(kept.sum(-1).float().mean(), lost.mean(), lost.max())
         numbers = {"experts": mean, "dropped_mass": max(0.0, dropped), "dropped_most": worst}
         call.note("all kept" if mean == indices.shape[1] else "fewer experts", **numbers)
@@ -451,9 +451,10 @@ class ExpertSkip(Policy):
         return out
 
 
-def _lost(kept: Tensor, total: Tensor) -> Tensor:
-    """The share of each token's mass that is not kept."""
-    return 1.0 - (kept.sum(-1, keepdim=True) / total).nan_to_num(1.0).squeeze(-1).float()
+def _lost(weights: Tensor, kept: Tensor) -> Tensor:
+    """The share of each token's mass ``[T, k]`` that is not kept, in float32 at least."""
+    wide = weights.to(torch.promote_types(weights.dtype, torch.float32))
+    return 1.0 - ((wide * kept).sum(-1) / wide.sum(-1)).nan_to_num(1.0)
 
 
 def _at(setting: T | tuple[T, ...], depth: int) -> T:

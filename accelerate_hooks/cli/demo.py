@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from accelerate_hooks.errors import AccelerateHooksError
@@ -21,6 +22,8 @@ def run(options: argparse.Namespace) -> int:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise AccelerateHooksError(f"--{name} must be at least 1")
+    if (options.threads or 1) > (os.cpu_count() or 1):
+        raise AccelerateHooksError(f"--threads {options.threads}: there are {os.cpu_count()} cores")
     try:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -28,12 +28,17 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_models import TINY
 from torch import nn
 
 import accelerate_hooks as ah
+from accelerate_hooks.history import relative_error
 from accelerate_hooks.patches.diffusers import DiffusersPatch
 from accelerate_hooks.policies import LazyStep
+from accelerate_hooks.run import Run
+from accelerate_hooks.schedule import Schedule
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The configuration file of the unet:FutureWarning",
@@ -545,3 +550,41 @@ def test_the_last_stride_of_a_scheduler_that_counts_up():
     strides = DiffusersPatch().strides(scheduler)
     sigmas = [float(s) for s in scheduler.sigmas]
     assert strides == pytest.approx([b - a for a, b in itertools.pairwise(sigmas)])
+
+
+@pytest.mark.parametrize("karras", [False, True])
+def test_levels_that_differ_by_rounding_are_one_level(karras):
+    """KDPM2Ancestral evaluates twice at (almost) the same level, and to and fro with Karras'
+    sigmas: a predictor that divides by such distances was off by a factor of 3,000."""
+
+    def outcome(*policy):
+        pipe = pipeline(
+            StableDiffusionPipeline,
+            KDPM2AncestralDiscreteScheduler(use_karras_sigmas=karras, steps_offset=1),
+        )
+        with torch.no_grad(), contextlib.ExitStack() as stack:
+            session = stack.enter_context(ah.enable(pipe, *policy)) if policy else None
+            out = generate(pipe, steps=12)
+            return out, session and session.report().to_dict()["totals"]["skipped"]
+
+    wanted, _ = outcome()
+    got, skipped = outcome(LazyStep(criterion="cadence", every=2))
+    assert skipped and relative_error((got,), (wanted,)) < 0.2
+
+
+@given(st.lists(st.floats(-6, 6), min_size=1, max_size=12), st.booleans())
+def test_levels_are_a_clock_or_none(ratios, down):
+    ratios = sorted(ratios, reverse=down)
+    levels = [
+        (1 / math.hypot(1, math.exp(r)), math.exp(r) / math.hypot(1, math.exp(r))) for r in ratios
+    ]
+    schedule = Schedule(Run(signal="test"), None, None)
+    schedule.learn_noise(levels)
+    assert schedule.one_way and len(schedule.noise) == len(levels)
+    told = [math.log(s / a) for a, s in schedule.noise]
+    mean = (max(ratios) - min(ratios)) / max(1, len(ratios) - 1)
+    gaps = [abs(a - b) for a, b in itertools.pairwise(told)]
+    assert all(gap == 0 or gap >= 0.99e-3 * mean for gap in gaps)
+    if mean > 1e-3:
+        schedule.learn_noise([*levels, levels[0], *levels, levels[0]])
+        assert not schedule.one_way and not schedule.noise

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import statistics
 from typing import Any, ClassVar
 
 import contract
@@ -164,7 +165,7 @@ class Slow(Policy):
             dense = dense & torch.ones(tokens, tokens, dtype=torch.bool).tril()
         k, v = (t.repeat_interleave(a.groups, 1) for t in (a.k, a.v))
         wanted = F.scaled_dot_product_attention(a.q, k, v, dense, scale=scale)
-        got = self.like._attend(call, a)
+        got = self.like._attend(call, a, [])
         self.seen.append((a.layout.at(tokens), dense, got, wanted, a.default()))
         return got
 
@@ -485,6 +486,85 @@ def test_fit_gives_each_head_its_density(tmp_path):
     assert sum(found) / len(found) == pytest.approx(0.4, abs=0.03)
     with pytest.raises(ArtifactError):
         enable(TINY["dit"].build(), loaded)
+
+
+@pytest.mark.parametrize("name", ["llama", "whisper", "flux", "hunyuan_video", "wan"])
+def test_a_fitted_density_is_measured_as_sparsity_is(name):
+    """Of the blocks that may be left out: neither text nor what no query may see counts."""
+    model, inputs = TINY[name].build(), TINY[name].inputs(2)
+    if name == "llama":
+        draw = torch.Generator().manual_seed(0)
+        inputs = {"input_ids": torch.randint(0, model.config.vocab_size, (2, 50), generator=draw)}
+
+    def density(policy):
+        with torch.no_grad(), enable(model, policy) as session:
+            model(**inputs)
+            found = [v["numbers"].get("density") for v in session.report().steps]
+        return statistics.mean(d for d in found if d is not None)
+
+    equal = few(sparsity=0.4)
+    fitted = equal.fit(model, [inputs], progress=False)
+    assert density(fitted) == pytest.approx(density(equal), abs=0.08)
+    meta = fitted.heads.meta
+    assert meta["mass_fitted"] >= meta["mass_equal"] - 1e-3
+
+
+def test_a_density_out_of_reach_is_refused():
+    model, inputs = TINY["llama"].build(), TINY["llama"].inputs(2)
+    with pytest.raises(SpecError, match="out of reach"):
+        few(sparsity=0.5).fit(model, [inputs], target=0.06, progress=False)
+
+
+@pytest.mark.parametrize(("name", "count"), [("wan", 1), ("hunyuan_video", 1), ("pixart", 2)])
+def test_dense_layers_are_layers_of_self_attention(name, count):
+    """Neither attention to the text nor what is computed in full anyway is one of them, and a fit
+    leaves them out."""
+    model, inputs = TINY[name].build(), TINY[name].inputs(2)
+
+    def sparse(policy):
+        with torch.no_grad(), enable(model, policy) as session:
+            model(**inputs)
+            return [v["site"] for v in session.report().steps if v["action"] == "partly"]
+
+    every = sparse(few(sparsity=0.5))
+    some = few(sparsity=0.5, dense_blocks=count)
+    assert sparse(some) == every[count:]
+    if every[count:]:
+        fitted = some.fit(model, [inputs], progress=False)
+        assert set(fitted.heads.tensors) == set(every[count:])
+
+
+def test_a_visit_with_several_attentions_tells_of_all():
+    """Mochi attends a prompt at a time."""
+    model, inputs = TINY["mochi"].build(), TINY["mochi"].inputs(2)
+    times = []
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Heard(DraftAttention):
+        def _attend(self, call, a, told):
+            out = super()._attend(call, a, told)
+            times.append(told[-1]["kernel_ms"])
+            return out
+
+    with torch.no_grad(), enable(model, Heard(**SMALL, sparsity=0.5)) as session:
+        model(**inputs)
+        done = [v["numbers"] for v in session.report().steps if v["action"] == "partly"]
+    assert len(times) == 2 * len(done)
+    assert sum(v["kernel_ms"] for v in done) == pytest.approx(sum(times))
+    assert all(0 < v["density"] < 1 for v in done)
+
+
+def test_mass_is_a_mean_over_tokens_where_blocks_are_ragged():
+    layout = TokenLayout(1, 4, 6, text=slice(24, 31))
+    plan = Plan.of(layout, 31, torch.device("cpu"), pool=(2, 2), rule="row", sinks=0, causal=False)
+    q, k = torch.randn(2, 1, 2, 31, 8, generator=torch.Generator().manual_seed(0))
+    q, k = plan.reorder(q), plan.reorder(k)
+    mask = plan.selection.choose(plan.draft(q, k, 0.35), 0.4)
+    shares = (q @ k.mT * 0.35).softmax(-1)
+    row = torch.arange(31) // plan.block
+    wanted = (shares * mask[..., row, :][..., row]).sum(-1).mean(-1)
+    got = plan.kept(attention_mass(q, k, plan.block, scale=0.35), mask)
+    assert torch.allclose(got, wanted, atol=1e-5)
 
 
 # -- laws of the map -------------------------------------------------------------------------------
