@@ -67,14 +67,6 @@ class Root:
         return self.sites[0]
 
     @property
-    def gives_sample(self) -> bool:
-        """Whether what it predicts has the sample's channels, as far as its config says: one that
-        is given a masked picture beside it, or tells a variance too, gives others."""
-        config = getattr(self.model, "config", None) or {}
-        given, made = (getattr(config, f"{way}_channels", None) for way in ("in", "out"))
-        return not isinstance(given, int) or not isinstance(made, int) or given == made
-
-    @property
     def denoises(self) -> bool:
         """Whether the model is given a timestep, so that its forwards are steps of a loop."""
         names = inspect.signature(type(self.model).forward).parameters

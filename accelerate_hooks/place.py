@@ -61,7 +61,7 @@ def step_of(root: Root, schedules: Schedules, arguments: dict[str, Any]) -> Step
         timestep,
         moment if known is None or known.one_way else None,
         noise=known.level(clock) if known else None,
-        prediction=known.prediction if known and root.gives_sample else None,
+        prediction=known.prediction if known else None,
         stride=known.stride(clock) if known else None,
     )
 

@@ -110,9 +110,9 @@ class Step:
     """Where a forward stands: ``index`` counts the steps of a run (one a timestep or token, however
     many CFG branches), ``branch`` names the CFG branch, ``timestep`` is what the model was given,
     ``time`` its host value where that costs nothing and goes one way, ``signal`` how all this is
-    known. ``noise`` is (alpha, sigma) of the sample, ``prediction`` what the model predicts (where
-    that has the sample's channels), ``stride`` by how much a first-order solver moves along that
-    (in the sample over alpha for epsilon).
+    known. ``noise`` is (alpha, sigma) of the sample, ``prediction`` what the model predicts,
+    ``stride`` by how much a first-order solver moves along that (in the sample over alpha for
+    epsilon).
     """
 
     run: Run

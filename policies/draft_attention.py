@@ -157,7 +157,9 @@ class DraftAttention(Policy):
         visits: int = 4,
     ) -> Self:
         """Give every head of every layer a density of its own, so that all together keep the most
-        attention mass at a mean density of ``target`` (by default ``1 - sparsity``).
+        attention mass at a mean density of ``target`` (by default ``1 - sparsity``), over the
+        layers and steps that ``dense_blocks`` and ``dense_steps`` leave; as there, of the blocks
+        that may be left out. Raises SpecError where those kept by name are more.
 
         data: keyword arguments of a few calls of the model or pipeline.
         resume: a file that keeps what was measured, so that a killed fit goes on from there.

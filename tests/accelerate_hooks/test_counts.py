@@ -20,6 +20,7 @@ from accelerate_hooks import (
 )  # fmt: skip
 from accelerate_hooks.audit import worst
 from accelerate_hooks.demo.pipeline import load_digits_pipeline, seeded_latents
+from accelerate_hooks.flops import FlopMode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,6 +265,29 @@ def test_a_step_is_computed_once_and_a_skipped_one_not_at_all(scope):
     again = depth if scope == "stack" else 0  # a watched forward
     assert per_step[0] == depth + again
     assert per_step[1:] == [depth if i == 1 or i % 2 else least for i in range(1, 12)]
+
+
+@pytest.mark.parametrize("scope", ["model", "stack", "site"])
+@pytest.mark.parametrize("name", ["flux", "wan"])
+def test_what_is_saved_is_what_was_not_done(name, scope):
+    """In the first generation of a session too, in which a forward may be made beside to learn."""
+    model, inputs = TINY[name].build(), TINY[name].inputs(1)
+
+    def generate():
+        with torch.no_grad(), FlopMode() as counter:
+            for t in range(8, 0, -1):
+                model(**inputs | {"timestep": torch.full_like(inputs["timestep"], t)})
+        return counter.total
+
+    policy = LazyStep(scope=scope, criterion="cadence", every=2, warmup=2, cooldown=0)
+    plain = generate()
+    with enable(model, policy) as session:
+        with session.run(8):
+            done = generate()
+        data = session.report().to_dict()
+    assert data["totals"]["looks"] == (scope == "stack")
+    assert (plain - done) == pytest.approx(data["totals"]["flops_saved"], rel=0.02)
+    assert data["equal_cost"]["equal_steps"] == pytest.approx(8 * done / plain, rel=0.02)
 
 
 def test_a_block_that_is_never_visited_costs_nothing():

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from tiny_models import TINY
 from torch import nn
 
-from accelerate_hooks import ExpertSkip, InertWarning, enable
+from accelerate_hooks import ExpertSkip, InertWarning, LazyStep, enable
 
 E, K, WIDTH = 6, 4, 40
 
@@ -149,3 +149,21 @@ def test_what_cannot_be_read_is_said():
         plain = model(**inputs).logits
         with enable(model, ExpertSkip(top_k=1)), pytest.warns(InertWarning, match="Normed weighs"):
             assert torch.equal(model(**inputs).logits, plain)
+
+
+def test_a_module_that_is_a_site_of_two_kinds_has_two_lines():
+    """HiDream's MLPs are mixtures: LazyStep acts at the one, ExpertSkip at the other."""
+    model, inputs = TINY["hidream"].build(), TINY["hidream"].inputs(1)
+    lazy = LazyStep(scope="site", criterion="cadence", every=2, warmup=1, cooldown=0)
+    with torch.no_grad(), enable(model, [lazy, ExpertSkip(top_k=1)]) as session:
+        with session.run(total=4):
+            for step in range(4):
+                model(**inputs | {"timesteps": inputs["timesteps"] * 0 + 900 - step})
+        report = session.report()
+    lines = {line["site"]: line for line in report.to_dict()["sites"]}
+    twice = [name for name in lines if name.endswith(" (experts)")]
+    assert twice and str(report)
+    for name in twice:
+        mixture, whole = lines[name], lines[name.removesuffix(" (experts)")]
+        assert mixture["partly"] == whole["computed"] == 2 and whole["skipped"] == 2
+        assert mixture["means_partly"]["experts"] == 1 and not whole["means_partly"]

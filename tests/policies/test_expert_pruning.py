@@ -22,7 +22,7 @@ from accelerate_hooks.errors import ArtifactError, PolicyConflictError, Unsuppor
 from accelerate_hooks.policies._evolving import evolve
 from accelerate_hooks.policies._hull import split
 from accelerate_hooks.policies._pruning import aimer, importance, mixtures, nearest, survivors
-from accelerate_hooks.policies._surgery import mixed
+from accelerate_hooks.policies._surgery import Removed, mixed
 from accelerate_hooks.resume import Resume
 from accelerate_hooks.session import InertWarning
 from accelerate_hooks.spec import parse
@@ -157,6 +157,62 @@ USES = (
         ExpertSkip(ratio=0.5), ExpertSkip(prune=0.1), ExpertSkip(prune=0.1, free_memory=True),
     )),
 )  # fmt: skip
+
+
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize("at", [1, 2, 4, 7])
+def test_a_shrinking_that_fails_half_way_leaves_the_model_as_it_was(monkeypatch, merge, at):
+    model, inputs = tiny()
+    plain, before = run(model, inputs), dict(model.named_parameters())
+    left, times = Removed.left, itertools.count(1)
+
+    def full(self, parameter):
+        if next(times) == at:
+            raise torch.OutOfMemoryError("no memory")
+        return left(self, parameter)
+
+    monkeypatch.setattr(Removed, "left", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        enable(model, ExpertSkip(prune=0.25, free_memory=True, merge=merge))
+    assert torch.equal(run(model, inputs), plain)
+    assert all(p is before[n] for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["gemma4", "diffusion_gemma"])
+def test_no_more_is_taken_than_a_token_asks_wherever_its_number_is_said(name):
+    model = MOE[name].build()
+    with enable(model, ExpertSkip(prune=0.1)) as session:
+        layer = mixtures(session.sites)[0]
+    assert layer.top_k == model.config.get_text_config().top_k_experts
+    too_many = (layer.count - layer.top_k + 1) / layer.count
+    with pytest.raises(SpecError, match=r"take fewer|asks"):
+        enable(model, ExpertSkip(prune=too_many + 1e-6))
+
+
+def test_a_wrapped_router_is_pruned_all_the_same():
+    """PEFT's modules_to_save, or a wrapper that logs."""
+
+    class Wrapped(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, *args, **kwargs):
+            return self.inner(*args, **kwargs)
+
+    model, inputs = tiny()
+    wanted = run(model, inputs, ExpertSkip(prune=0.25, criterion="aimer"))
+    for layer in model.model.layers:
+        layer.mlp.gate = Wrapped(layer.mlp.gate)
+    assert torch.equal(run(model, inputs, ExpertSkip(prune=0.25, criterion="aimer")), wanted)
+
+
+@pytest.mark.parametrize(
+    ("only", "words"), [("*.gate", "no experts sites"), ("*.experts", "name the router too")]
+)
+def test_pruning_wants_both_experts_and_their_router(only, words):
+    with pytest.raises(UnsupportedModelError, match=words):
+        enable(tiny()[0], ExpertSkip(prune=0.25), only=only)
 
 
 def test_what_is_deleted_is_told():

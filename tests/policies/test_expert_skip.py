@@ -120,6 +120,22 @@ def test_the_report_tells_the_dropped_mass():
 
 
 @pytest.mark.parametrize("experts", ["grouped_mm", "batched_mm", "eager"])
+def test_what_was_dropped_is_told_more_finely_than_the_weights_are():
+    """In bfloat16 a loss just under the bound was rounded to one above it."""
+    model, inputs = TINY["qwen3_moe"].build().bfloat16(), TINY["qwen3_moe"].inputs(2)
+    lost = []
+    for bound in (0.05, 0.13, 0.3):
+        with (
+            torch.no_grad(),
+            enable(model, ExpertSkip(ratio=0.9, max_dropped_mass=bound)) as session,
+        ):
+            model(**inputs)
+            told = [v["numbers"].get("dropped_most", 0.0) for v in session.report().steps]
+        assert max(told) <= bound + 2e-6
+        lost += told
+    assert max(lost) > 0
+
+
 def test_half_the_experts_are_half_of_the_work(experts):
     model, inputs = TINY["qwen3_moe"].build(), TINY["qwen3_moe"].inputs(2)
     model.set_experts_implementation(experts)
