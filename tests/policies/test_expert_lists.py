@@ -161,9 +161,9 @@ def test_a_module_that_is_a_site_of_two_kinds_has_two_lines():
                 model(**inputs | {"timesteps": inputs["timesteps"] * 0 + 900 - step})
         report = session.report()
     lines = {line["site"]: line for line in report.to_dict()["sites"]}
-    twice = [name for name in lines if name.endswith(" (experts)")]
+    twice = [name for name in lines if name.endswith(" (mlp)")]
     assert twice and str(report)
     for name in twice:
-        mixture, whole = lines[name], lines[name.removesuffix(" (experts)")]
-        assert mixture["partly"] == whole["computed"] == 2 and whole["skipped"] == 2
+        whole, mixture = lines[name], lines[name.removesuffix(" (mlp)")]
+        assert mixture["partly"] == whole["computed"] == 3 and whole["skipped"] == 1
         assert mixture["means_partly"]["experts"] == 1 and not whole["means_partly"]
