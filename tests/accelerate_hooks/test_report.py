@@ -267,7 +267,9 @@ def test_ten_thousand_runs_do_not_grow() -> None:
     for _ in range(1000):
         run = Run("timestep", index=0)
         step = Step(run, 0, None, "denoise", "main", "timestep")
-        frame: Any = SimpleNamespace(step=step, reads=0, left_out=0, saved_flops=0, uncounted=0)
+        frame: Any = SimpleNamespace(
+            step=step, reads=0, left_out=0, saved_flops=0, uncounted=0, looks=0
+        )
         tally.forward(frame, "", 10)
     del run, step, frame
     assert tally.runs == 1000
