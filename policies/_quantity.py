@@ -8,6 +8,7 @@ import math
 import torch
 
 from accelerate_hooks.call import Call
+from accelerate_hooks.errors import UnsupportedModelError
 from accelerate_hooks.history import Values
 from accelerate_hooks.opaque import opaque_functions
 from accelerate_hooks.run import Step
@@ -40,6 +41,12 @@ def converted(call: Call, quantity: str, out: tuple[torch.Tensor, torch.Tensor |
     """What is predicted, from what the model or site gave."""
     if quantity == "output":
         return present(out)
+    if out[0].shape != call.x.shape:
+        raise UnsupportedModelError(
+            f"lazy_step: quantity={quantity!r} follows from an output with the sample's shape, and "
+            f"{type(call.site.module).__name__} gives {tuple(out[0].shape)} for "
+            f"{tuple(call.x.shape)}; use quantity='output'"
+        )
     a, b = mixing(call.step, quantity)
     return (torch.add(out[0] * b, call.x, alpha=a),)
 

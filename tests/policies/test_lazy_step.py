@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,12 +15,12 @@ from torch import nn
 
 import accelerate_hooks as ah
 from accelerate_hooks.artifact import Artifact
-from accelerate_hooks.errors import ArtifactError, SpecError
+from accelerate_hooks.errors import ArtifactError, SpecError, UnsupportedModelError
 from accelerate_hooks.history import History, RowHistory, weights
 from accelerate_hooks.policies import LazyStep
 from accelerate_hooks.policies._pace import Pace
 from accelerate_hooks.policies._pattern import allocate, regular_pattern
-from accelerate_hooks.policies._quantity import mixing
+from accelerate_hooks.policies._quantity import converted, mixing
 from accelerate_hooks.run import Run, Step
 
 ORDERS = {"hold": 0, "linear": 1, "taylor2": 2, "taylor3": 3}
@@ -625,3 +626,16 @@ def test_an_unknown_end_is_said_once():
             with session.run():
                 model(torch.ones(1, 2), torch.tensor([0.1]))
         assert sum("number of steps is not known" in note for note in session.notes) == 1
+
+
+@pytest.mark.parametrize("quantity", ["clean", "noise"])
+def test_a_quantity_wants_an_output_with_the_samples_shape(quantity):
+    """Where a picture is given beside the sample, or a variance is told too, nothing follows about
+    the clean sample."""
+    call = SimpleNamespace(
+        x=torch.zeros(1, 8, 4, 4), site=SimpleNamespace(module=None),
+        step=SimpleNamespace(noise=(0.5, 0.5), prediction="epsilon"),
+    )  # fmt: skip
+    with pytest.raises(UnsupportedModelError, match="use quantity='output'"):
+        converted(call, quantity, (torch.zeros(1, 4, 4, 4), None))
+    assert converted(call, "output", (torch.zeros(1, 4, 4, 4), None))
