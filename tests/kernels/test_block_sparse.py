@@ -14,7 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import forward_ad
 
-from accelerate_hooks.kernels import KernelError, _native, block_sparse, block_sparse_attention
+from accelerate_hooks.kernels import (
+    KernelError,
+    _native,
+    attention_mass,
+    block_sparse,
+    block_sparse_attention,
+)
 from accelerate_hooks.kernels._dispatch import FALLBACKS, heard, interpreted
 
 # Relative RMS of the output against float64 on the same (rounded) inputs.
@@ -412,15 +418,39 @@ def test_no_heads_are_no_work():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("n", "m"), [(70, 70), (0, 70), (70, 0)])
-def test_opcheck(n, m, dtype):
+@pytest.mark.parametrize("turned", [False, True])
+def test_opcheck(n, m, dtype, turned):
     q, k, v = qkv(n=70, dtype=dtype)
     q, k, v = q[:, :, :n], k[:, :, :m], v[:, :, :m]
+    if turned:  # as models have them: [B, N, H, D] underneath
+        q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v))
     mask = torch.ones(1, 1, math.ceil(n / 32), math.ceil(m / 32), dtype=torch.bool)
     counts, indices = block_sparse.to_indices(mask)
     torch.library.opcheck(
         torch.ops.accelerate_hooks.block_sparse_attention.default,
         (q, k, v, counts, indices, torch.rand(2, m) < 0.8, 32, 32, True, 0.1, True),
     )
+
+
+@pytest.mark.parametrize("path", ["auto", "torch"])
+def test_autocast_changes_nothing(monkeypatch, path):
+    """The op says itself in which dtype it computes."""
+    monkeypatch.setenv("ACCELERATE_HOOKS_KERNELS", path)
+    q, k, v = qkv()
+    mask = torch.rand(2, 3, 3, 3, generator=torch.Generator().manual_seed(2)) < 0.7
+    wanted = block_sparse_attention(q, k, v, mask), attention_mass(q, k, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = block_sparse_attention(q, k, v, mask), attention_mass(q, k, 32)
+    for a, b in zip(got, wanted, strict=True):
+        assert a.dtype == b.dtype == torch.float32 and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint64, torch.complex64, torch.bool])
+def test_numbers_of_blocks_are_integers_that_can_be_counted_with(dtype):
+    q, k, v = qkv()
+    counts, indices = block_sparse.to_indices(torch.ones(2, 3, 3, 3, dtype=torch.bool))
+    with pytest.raises(KernelError, match="give integers"):
+        block_sparse_attention(q, k, v, (counts.to(dtype), indices))
 
 
 @pytest.mark.slow
