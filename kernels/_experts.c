@@ -1,7 +1,6 @@
 /* Experts of a mixture for few tokens: weights are read once, where they lie.
 
-   `plan` sorts the slots by expert. `experts` then does jobs taken from a shared counter, so that
-   any number of threads may run the same problem: first chunks of the inner features of an expert,
+   `plan` sorts the slots by expert. Then each thread does jobs taken from a shared counter: first chunks of the inner features of an expert,
    activated, for all tokens that go to it; then chunks of the output, over all experts. The time is
    that of reading the matrices of the experts that are touched. Sums are float32; tokens, matrices
    and biases are float32 or bfloat16. Inputs of a product are float32, or bfloat16 too where the
@@ -9,7 +8,9 @@
 
 #include <math.h>
 #include <sched.h>
+#include <stddef.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 #if defined(__AVX512F__)
@@ -47,29 +48,43 @@ enum { SILU, GELU, GELU_TANH, RELU, RELU2, CLAMPED_SWIGLU };
 typedef struct {
     const void *hidden;     /* [tokens, width] */
     const int64_t *indices; /* [tokens, k] */
-    const float *weights;   /* [tokens, k] */
+    const void *weights;    /* [tokens, k] */
     const void *up, *down;  /* [experts, features, width], [experts, width, inner], or transposed */
     const void *up_bias, *down_bias; /* [experts, features], [experts, width], or NULL */
     void *out;              /* [tokens, width] */
+    int64_t tokens, k, experts, width, inner, features; /* the last three: multiples of 16 */
+    int64_t act, gated, transposed, is_bf16, weights_are_bf16;
+    /* up to here it is given */
     int32_t *expert;        /* [experts]: those touched, ascending */
     int32_t *start;         /* [experts + 1]: their slots */
     int32_t *token;         /* [tokens * k]: whose a slot is */
     float *weight;          /* [tokens * k] */
     const void *inputs;     /* [tokens, width]: hidden as products take it */
-    float *sum;             /* [tokens, width]: out itself where that is float32 */
     void *inside;           /* [slots, inner]: activated features, likewise */
-    int64_t tokens, k, experts, width, inner, features; /* multiples of 16 */
-    int64_t act, gated, transposed, is_bf16;
+    float *sum;             /* [tokens, width]: out itself where that is float32 */
     int64_t touched, next, done;
 } Problem;
 
+static inline float to_float(const void *from, int64_t at, int is_bf16) {
+    if (!is_bf16) return ((const float *)from)[at];
+    uint32_t bits = (uint32_t)((const uint16_t *)from)[at] << 16;
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+/* The weight of slot `i`, 0 where it asks no expert. */
+static inline float asked(const Problem *t, int64_t i) {
+    int64_t expert = t->indices[i];
+    return expert < 0 || expert >= t->experts ? 0.0f : to_float(t->weights, i, t->weights_are_bf16);
+}
+
 /* Sort what is kept by expert. Returns the number of slots, and sets `touched`. */
-int64_t plan(Problem *t) {
+static int64_t plan(Problem *t) {
     int32_t *at = t->start + 1; /* at[e]: slots of e, then where its next slot goes */
     memset(t->start, 0, (t->experts + 1) * sizeof(int32_t));
     for (int64_t i = 0; i < t->tokens * t->k; i++)
-        if (t->weights[i] != 0.0f && t->indices[i] >= 0 && t->indices[i] < t->experts)
-            at[t->indices[i]]++;
+        if (asked(t, i) != 0.0f) at[t->indices[i]]++;
     int32_t slots = 0;
     for (int64_t e = 0; e < t->experts; e++) {
         int32_t count = at[e];
@@ -77,10 +92,10 @@ int64_t plan(Problem *t) {
         slots += count;
     }
     for (int64_t i = 0; i < t->tokens * t->k; i++)
-        if (t->weights[i] != 0.0f && t->indices[i] >= 0 && t->indices[i] < t->experts) {
+        if (asked(t, i) != 0.0f) {
             int32_t slot = at[t->indices[i]]++;
             t->token[slot] = i / t->k;
-            t->weight[slot] = t->weights[i];
+            t->weight[slot] = asked(t, i);
         }
     t->touched = 0; /* now at[e] is where e ends; keep those that have slots */
     for (int64_t e = 0, before = 0; e < t->experts; before = at[e++])
@@ -90,14 +105,6 @@ int64_t plan(Problem *t) {
             t->start[t->touched] = end;
         }
     return slots;
-}
-
-static inline float to_float(const void *from, int64_t at, int is_bf16) {
-    if (!is_bf16) return ((const float *)from)[at];
-    uint32_t bits = (uint32_t)((const uint16_t *)from)[at] << 16;
-    float x;
-    memcpy(&x, &bits, sizeof x);
-    return x;
 }
 
 static inline uint16_t to_bf16(float x) { /* to the nearest, ties to even */
@@ -390,10 +397,47 @@ static inline __attribute__((always_inline)) void work(Problem *t, int is_bf16) 
     }
 }
 
-/* Do jobs until none is left. */
-void experts(Problem *t) {
+static void share(void *problem) { /* of one thread */
+    Problem *t = problem;
     if (t->is_bf16)
         work(t, 1);
     else
         work(t, 0);
+}
+
+enum { DONE, TOO_MANY, NO_MEMORY };
+
+/* `given` is the first part of a `Problem`. `parallel` calls a function on that many threads, and
+   waits for all. Nothing is done where an expert has more than `few` slots on average. */
+int skip_experts(
+    const void *given, int few, void (*parallel)(void (*)(void *), void *, unsigned, unsigned),
+    int threads) {
+    Problem problem = {0}, *t = &problem;
+    memcpy(t, given, offsetof(Problem, expert));
+    int widened = t->is_bf16 && !reads_bf16, status = NO_MEMORY;
+    int64_t all = t->tokens * t->k, numbers = t->tokens * t->width;
+    size_t each = t->is_bf16 && !widened ? sizeof(uint16_t) : sizeof(float);
+    int32_t *notes = malloc(sizeof *notes * (2 * t->experts + 1 + 2 * all));
+    float *inputs = NULL, *sum = NULL;
+    if (!notes) return NO_MEMORY;
+    t->expert = notes, t->start = t->expert + t->experts;
+    t->token = t->start + t->experts + 1, t->weight = (float *)(t->token + all);
+    int64_t slots = plan(t);
+    if (slots > few * t->touched) {
+        status = TOO_MANY;
+        goto end;
+    }
+    t->inside = malloc(slots * t->inner * each + 1);
+    t->sum = t->is_bf16 ? sum = malloc(numbers * sizeof(float) + 1) : t->out;
+    t->inputs = widened ? inputs = malloc(numbers * sizeof(float) + 1) : t->hidden;
+    if (!t->inside || (t->is_bf16 && !sum) || (widened && !inputs)) goto end;
+    for (int64_t i = 0; widened && i < numbers; i++) inputs[i] = to_float(t->hidden, i, 1);
+    if (threads == 1)
+        share(t);
+    else
+        parallel(share, t, threads, 0);
+    status = DONE;
+end:
+    free(notes), free(t->inside), free(sum), free(inputs);
+    return status;
 }

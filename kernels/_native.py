@@ -25,6 +25,7 @@ import torch
 
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC")
 _LOCK = threading.Lock()
+_BUILT: dict[str, ctypes.CDLL | str] = {}
 
 
 class Unavailable(Exception):
@@ -33,14 +34,20 @@ class Unavailable(Exception):
 
 def library(name: str) -> ctypes.CDLL:
     """The compiled ``<name>.c``; raises `Unavailable` with the reason, every time the same."""
-    with _LOCK:
-        found = _build(name)
+    found = _BUILT.get(name)
+    if found is None:
+        with _LOCK:
+            found = _BUILT.get(name) or _build(name)
+            _BUILT[name] = found
     if isinstance(found, str):
         raise Unavailable(found)
     return found
 
 
-@functools.cache
+def is_built(name: str) -> bool:
+    return isinstance(_BUILT.get(name), ctypes.CDLL)
+
+
 def _build(name: str) -> ctypes.CDLL | str:
     compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
     if compiler is None:
@@ -99,35 +106,34 @@ def _cache() -> Path:
 
 
 def on_every_thread(function: ctypes._CFuncPtr, argument: ctypes.Structure) -> None:
-    """Call ``function(&argument)`` on as many threads as PyTorch uses, and wait for all.
-
-    They are PyTorch's own threads where those are GNU OpenMP's: while those still spin after
-    PyTorch's last operation, threads of ours would wait for a core. Else they are new ones.
-    """
-    count = torch.get_num_threads()
-    if count == 1:
-        function(ctypes.byref(argument))
-    elif (parallel := _openmp()) is not None:
-        parallel(function, ctypes.byref(argument), count, 0)
-    else:
-        new = [
-            threading.Thread(target=function, args=(ctypes.byref(argument),), daemon=True)
-            for _ in range(count - 1)
-        ]
-        for thread in new:
-            thread.start()
-        function(ctypes.byref(argument))
-        for thread in new:
-            thread.join()
+    """Call ``function(&argument)`` on as many threads as PyTorch uses, and wait for all."""
+    parallel()(function, ctypes.byref(argument), torch.get_num_threads(), 0)
 
 
 @functools.cache
-def _openmp() -> ctypes._CFuncPtr | None:
-    """``GOMP_parallel(function, argument, threads, flags)`` of the library that PyTorch loaded."""
+def parallel() -> ctypes._CFuncPtr:
+    """``parallel(function, argument, threads, 0)`` in C calls a function on so many threads.
+
+    They are PyTorch's own where those are GNU OpenMP's: while those still spin after PyTorch's last
+    operation, threads of ours would wait for a core. Else they are new ones.
+    """
     try:
-        parallel = ctypes.CDLL(None).GOMP_parallel
+        found = ctypes.CDLL(None).GOMP_parallel
     except (AttributeError, OSError, TypeError):
-        return None
-    parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-    parallel.restype = None
-    return parallel
+        return _PARALLEL(_new_threads)
+    found.argtypes, found.restype = _PARALLEL._argtypes_, None
+    return found
+
+
+_WORK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_PARALLEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+
+
+def _new_threads(function: int, argument: int, count: int, _flags: int) -> None:
+    work = _WORK(function)
+    new = [threading.Thread(target=work, args=(argument,), daemon=True) for _ in range(count - 1)]
+    for thread in new:
+        thread.start()
+    work(argument)
+    for thread in new:
+        thread.join()

@@ -12,8 +12,8 @@ that does not exist, costs nothing. Weights are read where they lie, never copie
 
 from __future__ import annotations
 
-import ctypes
-from typing import ClassVar, Literal, get_args
+import struct
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -23,13 +23,16 @@ from accelerate_hooks.kernels import _native as native
 from accelerate_hooks.kernels._dispatch import (
     described,
     operator,
+    overheard,
     require,
     require_no_gradient,
     use_native,
     use_triton,
+    wanted,
 )
 
 Act = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped_swiglu"]
+_ACTS = get_args(Act)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FEW = 128
 """Up to so many tokens an expert our C reads its matrices once; beyond, BLAS is faster."""
@@ -56,10 +59,38 @@ def skip_experts(
     floating-point dtype, sums in float32 at least. There is no backward: call it under
     ``torch.no_grad()``.
     """
-    _check(hidden, indices, weights, up, down, up_bias, down_bias, act, gated, transposed)
-    return torch.ops.accelerate_hooks.skip_experts(
-        hidden, indices.long(), weights, up, down, up_bias, down_bias, act, gated, transposed
-    )
+    given = (hidden, indices, weights, up, down, up_bias, down_bias, act, gated, transposed)
+    looks = None if overheard() else _looks(given)
+    if looks in _STREAMED:
+        out = streamed(*given)
+        return grouped(*given) if out is None else out
+    _check(*given)
+    out = torch.ops.accelerate_hooks.skip_experts(*given)
+    if looks is not None and _streams(*given):
+        if len(_STREAMED) >= 1024:
+            _STREAMED.clear()
+        _STREAMED.add(looks)
+    return out
+
+
+_STREAMED = set[tuple[object, ...]]()
+"""What passed `_check` and goes to our C, as `_looks` tells it: it need not be asked again."""
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})
+
+
+def _looks(given: tuple[Any, ...]) -> tuple[object, ...] | None:
+    """All of the arguments but their numbers and addresses; None where that cannot be told."""
+    try:
+        looks = (wanted(), *[
+            (x.shape, x.dtype, x.is_cpu, x.is_contiguous(), x.is_neg())
+            if x.__class__ in _PLAIN
+            else x
+            for x in given
+        ])  # fmt: skip
+        hash(looks)
+    except (RuntimeError, TypeError):
+        return None
+    return looks
 
 
 def activate(x: Tensor, act: str, gated: bool) -> Tensor:
@@ -98,6 +129,67 @@ def reference(
     return out.to(hidden.dtype)
 
 
+def _check(
+    hidden: Tensor, indices: Tensor, weights: Tensor, up: Tensor, down: Tensor,
+    up_bias: Tensor | None, down_bias: Tensor | None, act: str, gated: bool, transposed: bool,
+) -> None:  # fmt: skip
+    given = {
+        "hidden": hidden, "indices": indices, "weights": weights, "up": up, "down": down,
+        "up_bias": up_bias, "down_bias": down_bias,
+    }  # fmt: skip
+    for name, t in given.items():
+        fine = isinstance(t, Tensor) and t.layout == torch.strided
+        require(
+            (fine and t.device == hidden.device) or (t is None and name.endswith("bias")),  # type: ignore[union-attr]
+            lambda name=name, t=t: (
+                f"{name} is {described(t)}, hidden {described(hidden)}; give dense tensors on one "
+                "device"
+            ),
+        )
+    for name, flag in (("gated", gated), ("transposed", transposed)):
+        require(isinstance(flag, bool), lambda n=name, f=flag: f"{n}={f!r}; give a bool")  # pyright: ignore[reportUnnecessaryIsInstance]
+
+    def shapes() -> str:
+        return (
+            f"hidden {tuple(hidden.shape)}, indices {tuple(indices.shape)}, weights "
+            f"{tuple(weights.shape)}, up {tuple(up.shape)}, down {tuple(down.shape)}"
+        )
+
+    require(act in _ACTS, lambda: f"act={act!r}; give one of {', '.join(_ACTS)}")
+    require(
+        hidden.ndim == 2 and indices.ndim == 2 and indices.shape == weights.shape
+        and len(indices) == len(hidden) and up.ndim == down.ndim == 3 and len(up) == len(down),
+        lambda: f"{shapes()}: give [T, H], [T, k], [T, k], [E, F, H] and [E, H, I]",
+    )  # fmt: skip
+    features, width = up.shape[1:][::-1] if transposed else up.shape[1:]
+    outputs, inner = down.shape[1:][::-1] if transposed else down.shape[1:]
+    halves = 2 if gated or act == "clamped_swiglu" else 1
+    require(
+        width == outputs == hidden.shape[1] and features == halves * inner,
+        lambda: (
+            f"{shapes()}: H, F and I do not fit together (gated={gated}, transposed={transposed})"
+        ),
+    )
+    require(
+        hidden.dtype == up.dtype == down.dtype and hidden.is_floating_point(),
+        lambda: (
+            f"hidden {hidden.dtype}, up {up.dtype}, down {down.dtype}: give one floating-point "
+            "dtype"
+        ),
+    )
+    real = indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool
+    require(not real, lambda: f"indices are {indices.dtype}; give integers")
+    require(weights.is_floating_point(), lambda: f"weights are {weights.dtype}; give floats")
+    for name, bias, size in (("up_bias", up_bias, features), ("down_bias", down_bias, outputs)):
+        require(
+            bias is None or tuple(bias.shape) == (len(up), size),
+            lambda name=name, bias=bias, size=size: (
+                f"{name} is {None if bias is None else tuple(bias.shape)}; give {(len(up), size)}"
+            ),
+        )
+    require_no_gradient("skip_experts", hidden, weights, up, down, up_bias, down_bias)
+
+
 @operator("skip_experts")
 def _op(
     hidden: Tensor, indices: Tensor, weights: Tensor, up: Tensor, down: Tensor,
@@ -105,7 +197,7 @@ def _op(
 ) -> Tensor:  # fmt: skip
     if len(up) == 0 or indices.numel() == 0:
         return torch.zeros_like(hidden)
-    given = (hidden, indices, weights, up, down, up_bias, down_bias, act, gated, transposed)
+    given = (hidden, indices.long(), weights, up, down, up_bias, down_bias, act, gated, transposed)
     unfit = None if hidden.dtype in _DTYPES else f"dtype {hidden.dtype}"
     if use_triton("skip_experts", hidden.device, unfit):
         from accelerate_hooks.kernels._experts_triton import launch
@@ -157,17 +249,8 @@ def grouped(
     return out.index_add_(0, token, y).to(hidden.dtype)
 
 
-class _Problem(ctypes.Structure):
-    """`Problem` of `_experts.c`."""
-
-    _fields_: ClassVar = [
-        *((name, ctypes.c_void_p) for name in ("hidden", "indices", "weights", "up", "down")),
-        *((name, ctypes.c_void_p) for name in ("up_bias", "down_bias", "out", "expert", "start")),
-        *((name, ctypes.c_void_p) for name in ("token", "weight", "inputs", "sum", "inside")),
-        *((name, ctypes.c_int64) for name in ("tokens", "k", "experts", "width", "inner")),
-        *((name, ctypes.c_int64) for name in ("features", "act", "gated", "transposed")),
-        *((name, ctypes.c_int64) for name in ("is_bf16", "touched", "next", "done")),
-    ]
+_GIVEN = struct.Struct("@8P11q")
+"""The first part of `_experts.c`'s `Problem` (a `ctypes.Structure` takes four times as long)."""
 
 
 def streamed(
@@ -176,36 +259,37 @@ def streamed(
 ) -> Tensor | None:  # fmt: skip
     """The matrices of each expert that is touched read once, in C on every thread; None where its
     tokens are so many that a product is faster."""
-    lib = native.library("_experts")
-    (tokens, width), k, experts = hidden.shape, indices.shape[1], len(up)
-    inner = down.shape[1 if transposed else 2]
+    run = native.library("_experts").skip_experts
+    (tokens, width), inner = hidden.shape, down.shape[1 if transposed else 2]
     hidden, indices = hidden.contiguous(), indices.long().contiguous()
-    weights = weights.to(torch.float32).contiguous()
-    scratch = torch.empty(2 * (experts + 1) + 2 * tokens * k, dtype=torch.int32, device="cpu")
-    expert, start, token, weight = (scratch.data_ptr() + 4 * at for at in (
-        0, experts, 2 * experts + 1, 2 * experts + 1 + tokens * k))  # fmt: skip
-    problem = _Problem(
-        hidden=hidden.data_ptr(), indices=indices.data_ptr(), weights=weights.data_ptr(),
-        up=up.data_ptr(), down=down.data_ptr(),
-        up_bias=None if up_bias is None else up_bias.data_ptr(),
-        down_bias=None if down_bias is None else down_bias.data_ptr(),
-        expert=expert, start=start, token=token, weight=weight,
-        tokens=tokens, k=k, experts=experts, width=width, inner=inner,
-        features=inner * (2 if gated or act == "clamped_swiglu" else 1),
-        act=get_args(Act).index(act), gated=gated, transposed=transposed,
-        is_bf16=up.dtype == torch.bfloat16,
-    )  # fmt: skip
-    slots = lib.plan(ctypes.byref(problem))
-    if slots > FEW * problem.touched:
-        return None
+    weights = weights.contiguous()
+    if weights.dtype not in (torch.float32, torch.bfloat16):
+        weights = weights.float()
     out = torch.empty_like(hidden)
-    total = out.float()  # out itself where that is float32
-    inputs = hidden if ctypes.c_int.in_dll(lib, "reads_bf16").value else hidden.float()
-    inside = inputs.new_empty(slots, inner)
-    problem.out, problem.sum = out.data_ptr(), total.data_ptr()
-    problem.inputs, problem.inside = inputs.data_ptr(), inside.data_ptr()
-    native.on_every_thread(lib.experts, problem)
-    return out
+    pointers = (
+        hidden.data_ptr(), indices.data_ptr(), weights.data_ptr(), up.data_ptr(), down.data_ptr(),
+        0 if up_bias is None else up_bias.data_ptr(),
+        0 if down_bias is None else down_bias.data_ptr(),
+        out.data_ptr(),
+    )  # fmt: skip
+    sizes = (tokens, indices.shape[1], len(up), width, inner)
+    features = inner * (2 if gated or act == "clamped_swiglu" else 1)
+    bf16 = (up.dtype == torch.bfloat16, weights.dtype == torch.bfloat16)
+    given = _GIVEN.pack(*pointers, *sizes, features, _ACTS.index(act), gated, transposed, *bf16)
+    status = run(given, FEW, native.parallel(), torch.get_num_threads())
+    if status == _NO_MEMORY:
+        raise MemoryError(f"no memory for {tokens} tokens of {inner} features")
+    return None if status == _TOO_MANY else out
+
+
+_TOO_MANY, _NO_MEMORY = 1, 2
+
+
+def _streams(*given: Any) -> bool:
+    """Whether arguments that fit together go to our C, and nothing has to be counted."""
+    plain = all(x.__class__ in _PLAIN and not x.is_neg() for x in given if isinstance(x, Tensor))
+    here = plain and given[0].is_cpu and wanted() == "auto" and native.is_built("_experts")
+    return here and _unfit(*given[3:7]) is None
 
 
 def _unfit(up: Tensor, down: Tensor, *biases: Tensor | None) -> str | None:
@@ -218,64 +302,3 @@ def _unfit(up: Tensor, down: Tensor, *biases: Tensor | None) -> str | None:
         return "matrices whose sizes are no multiples of 16"
     given = (up, down, *(bias for bias in biases if bias is not None))
     return None if all(t.is_contiguous() for t in given) else "matrices that are not contiguous"
-
-
-def _check(
-    hidden: Tensor, indices: Tensor, weights: Tensor, up: Tensor, down: Tensor,
-    up_bias: Tensor | None, down_bias: Tensor | None, act: str, gated: bool, transposed: bool,
-) -> None:  # fmt: skip
-    given = {
-        "hidden": hidden, "indices": indices, "weights": weights, "up": up, "down": down,
-        "up_bias": up_bias, "down_bias": down_bias,
-    }  # fmt: skip
-    for name, t in given.items():
-        fine = isinstance(t, Tensor) and t.layout == torch.strided
-        require(
-            (fine and t.device == hidden.device) or (t is None and name.endswith("bias")),  # type: ignore[union-attr]
-            lambda name=name, t=t: (
-                f"{name} is {described(t)}, hidden {described(hidden)}; give dense tensors on one "
-                "device"
-            ),
-        )
-    for name, flag in (("gated", gated), ("transposed", transposed)):
-        require(isinstance(flag, bool), lambda n=name, f=flag: f"{n}={f!r}; give a bool")  # pyright: ignore[reportUnnecessaryIsInstance]
-
-    def shapes() -> str:
-        return (
-            f"hidden {tuple(hidden.shape)}, indices {tuple(indices.shape)}, weights "
-            f"{tuple(weights.shape)}, up {tuple(up.shape)}, down {tuple(down.shape)}"
-        )
-
-    require(act in get_args(Act), lambda: f"act={act!r}; give one of {', '.join(get_args(Act))}")
-    require(
-        hidden.ndim == 2 and indices.ndim == 2 and indices.shape == weights.shape
-        and len(indices) == len(hidden) and up.ndim == down.ndim == 3 and len(up) == len(down),
-        lambda: f"{shapes()}: give [T, H], [T, k], [T, k], [E, F, H] and [E, H, I]",
-    )  # fmt: skip
-    features, width = up.shape[1:][::-1] if transposed else up.shape[1:]
-    outputs, inner = down.shape[1:][::-1] if transposed else down.shape[1:]
-    halves = 2 if gated or act == "clamped_swiglu" else 1
-    require(
-        width == outputs == hidden.shape[1] and features == halves * inner,
-        lambda: (
-            f"{shapes()}: H, F and I do not fit together (gated={gated}, transposed={transposed})"
-        ),
-    )
-    require(
-        hidden.dtype == up.dtype == down.dtype and hidden.is_floating_point(),
-        lambda: (
-            f"hidden {hidden.dtype}, up {up.dtype}, down {down.dtype}: give one floating-point "
-            "dtype"
-        ),
-    )
-    real = indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool
-    require(not real, lambda: f"indices are {indices.dtype}; give integers")
-    require(weights.is_floating_point(), lambda: f"weights are {weights.dtype}; give floats")
-    for name, bias, size in (("up_bias", up_bias, features), ("down_bias", down_bias, outputs)):
-        require(
-            bias is None or tuple(bias.shape) == (len(up), size),
-            lambda name=name, bias=bias, size=size: (
-                f"{name} is {None if bias is None else tuple(bias.shape)}; give {(len(up), size)}"
-            ),
-        )
-    require_no_gradient("skip_experts", hidden, weights, up, down, up_bias, down_bias)

@@ -1,6 +1,5 @@
 """Block-sparse attention: each implementation against the formula in float64."""
 
-import functools
 import math
 import platform
 import shutil
@@ -187,7 +186,7 @@ def test_other_vectors_agree(flag, compiler, monkeypatch):
     if flag.startswith("-mno") and platform.machine() != "x86_64":
         pytest.skip("x86 only")
     monkeypatch.setenv("CC", f"{shutil.which('gcc') or 'cc'} {flag}")
-    monkeypatch.setattr(_native, "_build", functools.cache(_native._build.__wrapped__))
+    monkeypatch.setattr(_native, "_BUILT", {})
     q, k, v = qkv(n=100, d=40)
     mask = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(3)) < 0.6
     p = Problem(q, k, v, mask, (32, 32), True, 0.2)
@@ -195,7 +194,7 @@ def test_other_vectors_agree(flag, compiler, monkeypatch):
 
 
 def test_a_damaged_library_is_built_again(monkeypatch, tmp_path, compiler):
-    build = _native._build.__wrapped__
+    build = _native._build
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "one"))
     assert not isinstance(build("_experts"), str)
     (made,) = (tmp_path / "one" / "accelerate_hooks").glob("*.so")
@@ -211,7 +210,7 @@ def test_a_damaged_library_is_built_again(monkeypatch, tmp_path, compiler):
 
 def test_without_a_compiler_the_reason_is_counted(monkeypatch):
     monkeypatch.setenv("CC", "no-such-compiler")
-    monkeypatch.setattr(_native, "_build", functools.cache(_native._build.__wrapped__))
+    monkeypatch.setattr(_native, "_BUILT", {})
     q, k, v = qkv()
     before = FALLBACKS.copy()
     out = block_sparse_attention(q, k, v, torch.ones(1, 1, 3, 3, dtype=torch.bool))
@@ -241,7 +240,7 @@ def test_a_broken_compiler_leaves_nothing_behind(monkeypatch, tmp_path):
     monkeypatch.setenv("CC", f"{shutil.which('gcc') or 'cc'} --no-such-flag")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(_native.Unavailable, match="no-such-flag"):
-        raise _native.Unavailable(_native._build.__wrapped__("_block_sparse"))
+        raise _native.Unavailable(_native._build("_block_sparse"))
     assert list((tmp_path / "accelerate_hooks").iterdir()) == []
 
 

@@ -1,14 +1,14 @@
 """`skip_experts`: each path against the formula in float64."""
 
-import functools
 from typing import get_args
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from accelerate_hooks.kernels import KernelError, _native, experts, skip_experts
+from accelerate_hooks.kernels import FALLBACKS, KernelError, _native, experts, skip_experts
 from accelerate_hooks.kernels._dispatch import interpreted
 
 BOUND = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
@@ -197,6 +197,94 @@ def test_tangents_are_refused(place):
         torch.func.jvp(run, (given_[place],), (given_[place],))
 
 
+@given(mixtures(widths=(16, 32, 80), dtypes=(torch.float32, torch.bfloat16)))
+@settings(max_examples=50)
+@torch.no_grad()
+def test_past_the_dispatcher_it_is_the_same(drawn):
+    named = dict(
+        zip(("up_bias", "down_bias", "act", "gated", "transposed"), drawn[5:], strict=True)
+    )
+    runs = [skip_experts(*drawn[:5], **named) for _ in range(2)]
+    assert experts._looks(drawn) in experts._STREAMED
+    runs += [torch.ops.accelerate_hooks.skip_experts(*drawn), experts.streamed(*drawn)]
+    assert all(torch.equal(run, runs[0]) for run in runs[1:])
+
+
+class Names(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.heard = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.heard.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_who_listens_hears_it():
+    """Also of arguments that are known by now."""
+    name, given_ = "accelerate_hooks::skip_experts", example()
+
+    def run():
+        return skip_experts(*given_)
+
+    with torch.no_grad():
+        wanted = run(), run()
+        with Names() as names:
+            run()
+        with torch.profiler.profile() as profiler:
+            run()
+        assert name in names.heard and name in {event.key for event in profiler.key_averages()}
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(run(), wanted[0])
+        rows = torch.vmap(lambda x: skip_experts(x, *given_[1:]))(given_[0].expand(2, -1, -1))
+        assert torch.equal(rows[1], wanted[0])
+        given_[0].requires_grad_()
+        run()
+    with pytest.raises(KernelError, match="no backward"):
+        run()
+
+
+@torch.no_grad()
+def test_what_is_known_is_asked_again_where_it_looks_otherwise(monkeypatch):
+    given_ = example()
+    hidden, up, down = given_[0], *given_[3:]
+    wanted = skip_experts(*given_)
+    assert experts._looks((*given_, None, None, "silu", True, False)) in experts._STREAMED
+    with pytest.raises(KernelError, match="give one of silu"):
+        skip_experts(*given_, act=["silu"])
+    with pytest.raises(KernelError, match="do not fit together"):
+        skip_experts(*given_, transposed=True)
+    with pytest.raises(KernelError, match="one device"):
+        skip_experts(*given_[:4], down.to("meta"))
+    turned = up.mT.contiguous().mT
+    before = FALLBACKS.copy()
+    agree(skip_experts(*given_[:3], turned, down), (*given_, None, None, "silu", True, False))
+    assert ("skip_experts", "matrices that are not contiguous") in FALLBACKS - before
+    negative = torch.complex(hidden, -hidden).conj().imag  # minus itself, by a bit of the tensor
+    assert negative.is_neg() and torch.equal(negative, hidden)
+    torch.testing.assert_close(skip_experts(negative, *given_[1:]), wanted)
+    monkeypatch.setattr(experts, "streamed", None)
+    monkeypatch.setenv("ACCELERATE_HOOKS_KERNELS", "torch")
+    torch.testing.assert_close(skip_experts(*given_), wanted)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_of_our_own_agree(threads, monkeypatch):
+    """Where PyTorch's are not those of GNU OpenMP."""
+    count, started = torch.get_num_threads(), []
+    new = _native._PARALLEL(
+        lambda *given_: (started.append(given_[2]), _native._new_threads(*given_))[0]
+    )
+    monkeypatch.setattr(_native, "parallel", lambda: new)
+    torch.set_num_threads(threads)
+    try:
+        given_ = (*example(64), None, None, "silu", True, False)
+        agree(experts.streamed(*given_), given_)
+    finally:
+        torch.set_num_threads(count)
+    assert started == ([] if threads == 1 else [threads])
+
+
 def test_opcheck():
     given_ = (*example(), None, None, "silu", True, False)
     torch.library.opcheck(torch.ops.accelerate_hooks.skip_experts.default, given_)
@@ -215,7 +303,7 @@ def test_compiles_as_one_graph():
 
 def test_without_a_compiler_it_agrees(monkeypatch):
     monkeypatch.setenv("CC", "no-such-compiler")
-    monkeypatch.setattr(_native, "_build", functools.cache(_native._build.__wrapped__))
+    monkeypatch.setattr(_native, "_BUILT", {})
     given_ = example()
     agree(skip_experts(*given_), (*given_, None, None, "silu", True, False))
 
