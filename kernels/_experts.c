@@ -217,12 +217,12 @@ static inline __attribute__((always_inline)) void fetch(
 }
 
 /* y[r][o ..] = features first + o .. of x[r], for `tokens` inputs: four rows of W, or four vectors of
-   its columns, of which there are `left`. Meanwhile what is read next is fetched. Sums have names,
-   since gcc keeps an array of them in memory. */
+   its columns, of which there are `left`. Meanwhile what is read next is fetched, of rows those at
+   `next`. Sums have names, since gcc keeps an array of them in memory. */
 static inline __attribute__((always_inline)) void tile(
     const void *matrix, int64_t base, int64_t inputs, int64_t outputs, int64_t first, int64_t o,
-    int64_t left, const void *const *x, int tokens, float (*y)[ROW], int transposed,
-    int is_bf16) {
+    int64_t left, int64_t next, const void *const *x, int tokens, float (*y)[ROW],
+    int transposed, int is_bf16) {
     const int pairs = is_bf16 && reads_bf16;
     const int step = (transposed ? 1 : LANES) * (pairs ? 2 : 1);
 #define START(r) floats a##r = {0}, b##r = {0}, c##r = {0}, d##r = {0};
@@ -257,7 +257,7 @@ static inline __attribute__((always_inline)) void tile(
             int64_t at = base + (first + o) * inputs + i;
             for (int j = 0; j < 4; j++) {
                 w[j] = part(matrix, at + j * inputs, inputs - i, is_bf16);
-                fetch(matrix, at + (4 + j) * inputs, 1, is_bf16);
+                fetch(matrix, next + j * inputs + i, 1, is_bf16);
             }
         }
         EACH(ADD)
@@ -268,27 +268,31 @@ static inline __attribute__((always_inline)) void tile(
 #undef END
 }
 
-/* y[r][o] = feature (first + o) of x[r], for `count` features and up to MANY inputs. */
+/* y[r][o] = feature (first + o) of x[r], for `count` features and up to MANY inputs. What is read
+   after that is likely feature `then` of expert `next`. */
 static inline __attribute__((always_inline)) void multiply(
     const void *matrix, int64_t expert, int64_t inputs, int64_t outputs, int64_t first,
-    int64_t count, const void *const *x, int tokens, float (*y)[ROW], int transposed,
-    int is_bf16) {
+    int64_t count, int64_t next, int64_t then, const void *const *x, int tokens, float (*y)[ROW],
+    int transposed, int is_bf16) {
     int64_t base = expert * inputs * outputs, each = transposed ? 4 * LANES : 4;
-    for (int64_t o = 0; o < count; o += each)
+    for (int64_t o = 0; o < count; o += each) {
+        int64_t row = o + each < count ? base + (first + o + each) * inputs
+                                       : (next * outputs + then) * inputs;
         for (int r = 0; r < tokens; r += TOKENS)
             switch (tokens - r < TOKENS ? tokens - r : TOKENS) { /* known when compiled */
 #define CASE(n)                                                                                \
             case n + 1:                                                                        \
                 if (transposed)                                                                \
-                    tile(matrix, base, inputs, outputs, first, o, count - o, x + r, n + 1,     \
-                         y + r, 1, is_bf16);                                                   \
+                    tile(matrix, base, inputs, outputs, first, o, count - o, row, x + r,       \
+                         n + 1, y + r, 1, is_bf16);                                            \
                 else                                                                           \
-                    tile(matrix, base, inputs, outputs, first, o, count - o, x + r, n + 1,     \
-                         y + r, 0, is_bf16);                                                   \
+                    tile(matrix, base, inputs, outputs, first, o, count - o, row, x + r,       \
+                         n + 1, y + r, 0, is_bf16);                                            \
                 break;
                 EACH(CASE)
 #undef CASE
             }
+    }
 }
 
 static inline float activate(float x, int64_t act) {
@@ -316,11 +320,13 @@ static inline __attribute__((always_inline)) void into(
         const void *x[MANY];
         for (int r = 0; r < tokens; r++) x[r] = at(t->inputs, t->token[slot + r] * t->width, is_bf16);
         int64_t start = interleaved ? 2 * first : first, rows = interleaved ? 2 * count : count;
-        multiply(t->up, expert, t->width, t->features, start, rows, x, tokens, gate,
-                 t->transposed, is_bf16);
+        int64_t second = split ? t->inner + first : start;
+        multiply(t->up, expert, t->width, t->features, start, rows, expert, second, x, tokens,
+                 gate, t->transposed, is_bf16);
         if (split)
-            multiply(t->up, expert, t->width, t->features, t->inner + first, count, x, tokens, y,
-                     t->transposed, is_bf16);
+            multiply(t->up, expert, t->width, t->features, second, count, expert,
+                     start + 2 * count, /* the job between is another thread's */
+                     x, tokens, y, t->transposed, is_bf16);
         for (int r = 0; r < tokens; r++) {
             float inside[INNER];
             if (t->up_bias) {
@@ -361,7 +367,8 @@ static inline __attribute__((always_inline)) void out_of(
             tokens = end - slot < MANY ? end - slot : MANY;
             const void *x[MANY];
             for (int r = 0; r < tokens; r++) x[r] = at(t->inside, (slot + r) * t->inner, is_bf16);
-            multiply(t->down, expert, t->inner, t->width, first, count, x, tokens, y,
+            int64_t next = number + 1 < t->touched ? t->expert[number + 1] : expert;
+            multiply(t->down, expert, t->inner, t->width, first, count, next, first, x, tokens, y,
                      t->transposed, is_bf16);
             for (int r = 0; r < tokens; r++) {
                 float *sum = t->sum + t->token[slot + r] * t->width + first;
