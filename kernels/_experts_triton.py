@@ -142,6 +142,7 @@ def launch(
     up_bias: Tensor | None, down_bias: Tensor | None, act: str, gated: bool, transposed: bool,
 ) -> Tensor:  # fmt: skip
     (tokens, size), k, experts = hidden.shape, indices.shape[1], len(up)
+    indices = indices.long()
     if transposed:
         up, down = up.mT, down.mT
     width, slots = down.shape[2], tokens * k

@@ -61,7 +61,7 @@ def skip_experts(
     """
     given = (hidden, indices, weights, up, down, up_bias, down_bias, act, gated, transposed)
     looks = None if overheard() else _looks(given)
-    if looks in _STREAMED:
+    if looks is not None and looks in _STREAMED:  # a compiler would guard the set
         out = streamed(*given)
         return grouped(*given) if out is None else out
     _check(*given)
@@ -82,9 +82,9 @@ def _looks(given: tuple[Any, ...]) -> tuple[object, ...] | None:
     """All of the arguments but their numbers and addresses; None where that cannot be told."""
     try:
         looks = (wanted(), *[
-            (x.shape, x.dtype, x.is_cpu, x.is_contiguous(), x.is_neg())
+            (x.shape, x.dtype, x.is_cpu, x.layout, x.is_contiguous(), x.is_neg())
             if x.__class__ in _PLAIN
-            else x
+            else (x.__class__, x)  # 1.0 is equal to True
             for x in given
         ])  # fmt: skip
         hash(looks)
@@ -197,7 +197,7 @@ def _op(
 ) -> Tensor:  # fmt: skip
     if len(up) == 0 or indices.numel() == 0:
         return torch.zeros_like(hidden)
-    given = (hidden, indices.long(), weights, up, down, up_bias, down_bias, act, gated, transposed)
+    given = (hidden, indices, weights, up, down, up_bias, down_bias, act, gated, transposed)
     unfit = None if hidden.dtype in _DTYPES else f"dtype {hidden.dtype}"
     if use_triton("skip_experts", hidden.device, unfit):
         from accelerate_hooks.kernels._experts_triton import launch
@@ -225,7 +225,7 @@ def grouped(
     up_bias: Tensor | None, down_bias: Tensor | None, act: str, gated: bool, transposed: bool,
 ) -> Tensor:  # fmt: skip
     """Slots sorted by expert, and a product for each expert."""
-    experts = len(up)
+    experts, indices = len(up), indices.long()
     kept = (weights != 0) & (indices >= 0) & (indices < experts)
     token, slot = kept.nonzero().unbind(1)
     expert, order = indices[token, slot].sort(stable=True)

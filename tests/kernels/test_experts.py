@@ -2,8 +2,10 @@
 
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -254,6 +256,11 @@ def test_what_is_known_is_asked_again_where_it_looks_otherwise(monkeypatch):
         skip_experts(*given_, act=["silu"])
     with pytest.raises(KernelError, match="do not fit together"):
         skip_experts(*given_, transposed=True)
+    for flag in (1.0, 1, np.True_):
+        with pytest.raises(KernelError, match="give a bool"):
+            skip_experts(*given_, gated=flag)
+    with pytest.raises(KernelError, match="give dense tensors"):
+        skip_experts(hidden.to_mkldnn(), *given_[1:])
     with pytest.raises(KernelError, match="one device"):
         skip_experts(*given_[:4], down.to("meta"))
     turned = up.mT.contiguous().mT
@@ -266,6 +273,32 @@ def test_what_is_known_is_asked_again_where_it_looks_otherwise(monkeypatch):
     monkeypatch.setattr(experts, "streamed", None)
     monkeypatch.setenv("ACCELERATE_HOOKS_KERNELS", "torch")
     torch.testing.assert_close(skip_experts(*given_), wanted)
+
+
+@torch.no_grad()
+def test_what_becomes_known_compiles_nothing_again():
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled, given_ = torch.compile(skip_experts, backend=counter, fullgraph=True), example()
+    for tokens in (3, 5, 7, 9):
+        skip_experts(*example(tokens))
+        torch.testing.assert_close(compiled(*given_), skip_experts(*given_))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.uint16, torch.int32])
+@pytest.mark.parametrize("tokens", [3, 600])
+@torch.no_grad()
+def test_what_is_known_takes_any_integers(dtype, tokens):
+    """As many experts as a byte cannot count, on either side of what C takes."""
+    generator = torch.Generator().manual_seed(0)
+    up, down = torch.randn(256, 32, 16, generator=generator), torch.randn(256, 16, 16)
+    hidden, weights = torch.randn(tokens, 16, generator=generator), torch.ones(tokens, 1)
+    indices = torch.randint(0, 3, (tokens, 1), generator=generator)
+    given_ = (hidden, indices, weights, up, down, None, None, "silu", True, False)
+    assert (experts.streamed(*given_) is None) == (tokens == 600)
+    for _ in range(3):
+        got = skip_experts(hidden, indices.to(dtype), weights, up, down)
+        torch.testing.assert_close(got, experts.grouped(*given_), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
