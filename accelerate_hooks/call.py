@@ -75,7 +75,7 @@ class Call:
 
     @property
     def x(self) -> torch.Tensor | Any:  # Any: a list of tensors of several shapes
-        return tree.stacked(self.argument(self.site.port.x))
+        return tree.stacked(self.site.port.main(self.argument))
 
     @property
     def context(self) -> torch.Tensor | None:

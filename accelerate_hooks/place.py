@@ -12,6 +12,7 @@ from accelerate_hooks.frame import Root
 from accelerate_hooks.opaque import opaque_functions
 from accelerate_hooks.run import Run, Step
 from accelerate_hooks.schedule import Schedules
+from accelerate_hooks.site import TOKENS
 
 SEVERAL = (
     "several session.run() are open and nothing tells whose forward this is; open each in a with "
@@ -87,12 +88,9 @@ def _step_of_sequence(root: Root, schedules: Schedules, arguments: dict[str, Any
     return Step(run, run.index, None, phase, root.name or "main", run.signal, positions=positions)
 
 
-_TOKENS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
-
-
 def length_of(arguments: dict[str, Any]) -> int:
     """How many tokens a forward of a language model is given, 0 where it is given none."""
-    x = next((arguments[n] for n in _TOKENS if isinstance(arguments.get(n), torch.Tensor)), None)
+    x = next((arguments[n] for n in TOKENS if isinstance(arguments.get(n), torch.Tensor)), None)
     return 0 if x is None or x.ndim < 2 else x.shape[1]
 
 

@@ -288,7 +288,7 @@ class Session:
             begin(self, scheduler)
         step = step_of(root, self.schedules, arguments)
         frame = Frame(self, root, step, FRAME.get(), arguments)
-        x = arguments.get(site.port.x)
+        x = site.port.main(arguments.get)
         _, cache = cache_of(arguments)
         frame.length = length_of(arguments)
         if step.run.cuts and cache is not None:
@@ -399,7 +399,7 @@ class Session:
                 run.signal = "cache" if run.signal == "forward" else run.signal
                 root.recogniser.bind_cache(made, run)
         self._bound(run)
-        x = frame.arguments.get(root.site.port.x)
+        x = root.site.port.main(frame.arguments.get)
         shape = tuple(x.shape) if isinstance(x, torch.Tensor) else ()
         self.tally.forward(frame, root.name, self.record(root.site).flops.get(shape))
 

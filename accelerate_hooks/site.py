@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -65,6 +65,10 @@ class TokenLayout:
         return None
 
 
+TOKENS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
+"""What a forward of a language model reads, by the names that are tried in turn."""
+
+
 @dataclass(frozen=True)
 class Port:
     """Where a site keeps its tensors among the arguments and the outputs of ``forward``.
@@ -90,6 +94,11 @@ class Port:
     def named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """All arguments by name (positional ones beyond the named parameters excepted)."""
         return dict(zip(self.parameters, args, strict=False)) | kwargs
+
+    def main(self, argument: Callable[[str], Any]) -> Any:
+        """The argument ``x``, or what a language model was given in its place (embeddings)."""
+        x = argument(self.x)
+        return next((t for t in map(argument, TOKENS) if t is not None), None) if x is None else x
 
 
 @dataclass(frozen=True, eq=False)

@@ -130,10 +130,12 @@ _PARALLEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_ui
 
 
 def _new_threads(function: int, argument: int, count: int, _flags: int) -> None:
-    work = _WORK(function)
-    new = [threading.Thread(target=work, args=(argument,), daemon=True) for _ in range(count - 1)]
-    for thread in new:
-        thread.start()
+    work, new = _WORK(function), list[threading.Thread]()
+    with contextlib.suppress(RuntimeError):  # no more threads: those that there are do all jobs
+        for _ in range(count - 1):
+            thread = threading.Thread(target=work, args=(argument,), daemon=True)
+            thread.start()
+            new.append(thread)
     work(argument)
     for thread in new:
         thread.join()

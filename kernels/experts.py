@@ -21,6 +21,7 @@ from torch import Tensor
 
 from accelerate_hooks.kernels import _native as native
 from accelerate_hooks.kernels._dispatch import (
+    KernelError,
     described,
     operator,
     overheard,
@@ -158,7 +159,8 @@ def _check(
     require(act in _ACTS, lambda: f"act={act!r}; give one of {', '.join(_ACTS)}")
     require(
         hidden.ndim == 2 and indices.ndim == 2 and indices.shape == weights.shape
-        and len(indices) == len(hidden) and up.ndim == down.ndim == 3 and len(up) == len(down),
+        and indices.shape[0] == hidden.shape[0] and up.ndim == down.ndim == 3
+        and up.shape[0] == down.shape[0],
         lambda: f"{shapes()}: give [T, H], [T, k], [T, k], [E, F, H] and [E, H, I]",
     )  # fmt: skip
     features, width = up.shape[1:][::-1] if transposed else up.shape[1:]
@@ -182,9 +184,10 @@ def _check(
     require(weights.is_floating_point(), lambda: f"weights are {weights.dtype}; give floats")
     for name, bias, size in (("up_bias", up_bias, features), ("down_bias", down_bias, outputs)):
         require(
-            bias is None or tuple(bias.shape) == (len(up), size),
+            bias is None or tuple(bias.shape) == (up.shape[0], size),
             lambda name=name, bias=bias, size=size: (
-                f"{name} is {None if bias is None else tuple(bias.shape)}; give {(len(up), size)}"
+                f"{name} is {None if bias is None else tuple(bias.shape)}; give "
+                f"{(up.shape[0], size)}"
             ),
         )
     require_no_gradient("skip_experts", hidden, weights, up, down, up_bias, down_bias)
@@ -266,8 +269,13 @@ def streamed(
     if weights.dtype not in (torch.float32, torch.bfloat16):
         weights = weights.float()
     out = torch.empty_like(hidden)
-    pointers = (
-        hidden.data_ptr(), indices.data_ptr(), weights.data_ptr(), up.data_ptr(), down.data_ptr(),
+    numbers = (hidden, indices, weights, up, down)
+    pointers = [t.data_ptr() for t in numbers]
+    if 0 in pointers and any(t.numel() and not t.data_ptr() for t in numbers):
+        raise KernelError(
+            "skip_experts: memory of a tensor was freed (as FSDP does); restore it first"
+        )
+    pointers += (
         0 if up_bias is None else up_bias.data_ptr(),
         0 if down_bias is None else down_bias.data_ptr(),
         out.data_ptr(),

@@ -21,6 +21,7 @@ from accelerate_hooks.policies._experts import (
     least_slots,
     look_of,
     read_experts,
+    sample,
     slot_flops,
 )
 from accelerate_hooks.policies._pruning import Criterion
@@ -366,11 +367,14 @@ class ExpertSkip(Policy):
         """The module's experts, if the kernel knows their form: tried on the first visit, and again
         once somebody has wrapped or replaced something of it."""
         held: dict[str, Any] = call.known(dict, "experts")
-        now = look_of(call.site.module)
+        now = (look_of(call.site.module), torch.is_autocast_enabled(call.x.device.type))
         if held.get("look") != now:
             found = read_experts(call.site.module)
             if found is not None and call.routing is not None:
-                error = error_of(found, call.x, *call.routing, call.plain())
+                down = found.arguments["down"]
+                x, indices, weights = sample(call.x, *call.routing, len(down))
+                true = call.plain(x, routing=(indices, weights))
+                error = error_of(found, x, indices, weights, true)
                 found = found if call.read(error)[0] <= 1.0 else None
             held.update(look=now, experts=found)
         return held["experts"]

@@ -1,6 +1,7 @@
 """`skip_experts`: each path against the formula in float64."""
 
 from typing import get_args
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -276,6 +277,31 @@ def test_what_is_known_is_asked_again_where_it_looks_otherwise(monkeypatch):
 
 
 @torch.no_grad()
+def test_memory_that_is_gone_is_an_error():
+    given_ = example()
+    skip_experts(*given_)
+    given_[4].untyped_storage().resize_(0)
+    with pytest.raises(KernelError, match="was freed"):
+        skip_experts(*given_)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_any_number_of_tokens_is_exported(strict):
+    class Layer(torch.nn.Module):
+        def forward(self, hidden, indices, weights, up, down):
+            return skip_experts(hidden, indices, weights, up, down)
+
+    tokens, given_ = torch.export.Dim("tokens", min=2, max=4096), example()
+    shapes = {
+        "hidden": {0: tokens}, "indices": {0: tokens}, "weights": {0: tokens},
+        "up": None, "down": None,
+    }  # fmt: skip
+    program = torch.export.export(Layer(), given_, dynamic_shapes=shapes, strict=strict)
+    more = example(7)
+    torch.testing.assert_close(program.module()(*more), skip_experts(*more))
+
+
+@torch.no_grad()
 def test_what_becomes_known_compiles_nothing_again():
     counter = torch._dynamo.testing.CompileCounter()
     compiled, given_ = torch.compile(skip_experts, backend=counter, fullgraph=True), example()
@@ -301,9 +327,12 @@ def test_what_is_known_takes_any_integers(dtype, tokens):
         torch.testing.assert_close(got, experts.grouped(*given_), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-def test_threads_of_our_own_agree(threads, monkeypatch):
-    """Where PyTorch's are not those of GNU OpenMP."""
+@pytest.mark.parametrize(("threads", "refused"), [(1, False), (3, False), (3, True)])
+def test_threads_of_our_own_agree(threads, refused, monkeypatch):
+    """Where PyTorch's are not those of GNU OpenMP; also where no thread can be had."""
+    if refused:
+        error = RuntimeError("can't start new thread")
+        monkeypatch.setattr(_native.threading.Thread, "start", Mock(side_effect=error))
     count, started = torch.get_num_threads(), []
     new = _native._PARALLEL(
         lambda *given_: (started.append(given_[2]), _native._new_threads(*given_))[0]

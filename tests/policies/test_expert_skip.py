@@ -145,6 +145,36 @@ def test_half_the_experts_are_half_of_the_work(experts):
     assert [v["share_left_out"] for v in visits] == [0.5] * 4
 
 
+@torch.no_grad()
+def test_embeddings_are_counted_like_tokens():
+    model, inputs = TINY["qwen3_moe"].build(), TINY["qwen3_moe"].inputs(2)
+    tokens = inputs.pop("input_ids")
+    embedded = {"inputs_embeds": model.get_input_embeddings()(tokens)}
+    found = []
+    for given_ in ({"input_ids": tokens}, embedded):
+        with enable(model, ExpertSkip(mass=0.6)) as session:
+            model(**inputs, **given_)
+            report = session.report().to_dict()
+        found.append([(v["action"], v["numbers"]) for v in report["steps"]])
+        totals = report["totals"]
+        assert totals["uncounted_forwards"] == 0 and totals["flops_saved"] > 0
+    assert found[0] == found[1] and any(n["share_left_out"] > 0.2 for _, n in found[0])
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@torch.no_grad()
+def test_a_request_that_is_not_finite_spoils_no_other(bad):
+    model, inputs = TINY["qwen3_moe"].build(), TINY["qwen3_moe"].inputs(2)
+    with enable(model, ExpertSkip(mass=0.6)):
+        wanted = model(**inputs).logits
+    spoiled = model.get_input_embeddings()(inputs["input_ids"])
+    spoiled[0, 2] = bad
+    with enable(model, ExpertSkip(mass=0.6)) as session:
+        model(inputs_embeds=spoiled, attention_mask=inputs["attention_mask"])
+        assert torch.equal(model(**inputs).logits, wanted)
+        assert not any("does not know" in note for note in session.report().to_dict()["notes"])
+
+
 def test_a_number_a_layer():
     model, inputs = TINY["qwen3_moe"].build(), TINY["qwen3_moe"].inputs(2)
     with torch.no_grad(), enable(model, ExpertSkip(top_k=(4, 1, 1, 1))) as session:
