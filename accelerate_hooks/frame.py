@@ -295,8 +295,8 @@ class Frame:
     def _leave_out_part(self, site: Site, x: Any, spared: float) -> None:
         """A visit was computed with ``spared`` operations fewer than it has."""
         record = self.session.record(site)
-        whole = record.flops.get(tuple(x.shape) if isinstance(x, torch.Tensor) else ())
-        share = spared / whole if whole else 0.0
+        whole = record.flops_of(tuple(x.shape) if isinstance(x, torch.Tensor) else ())
+        share = min(1.0, spared / whole) if whole else 0.0
         record.partly += 1
         record.rows_left_out += share
         record.saved_flops += round(spared)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +93,15 @@ class Record:
             self.events[-1][1].synchronize()
             return sum(a.elapsed_time(b) for a, b in self.events) / len(self.events) / 1e3
         return self.seconds / self.timed if self.timed else 0.0
+
+    def flops_of(self, shape: tuple[int, ...]) -> float | None:
+        """The operations of a whole visit; where none of this shape was counted those of the
+        nearest one, in proportion to the numbers that go in."""
+        if shape in self.flops or not self.flops:
+            return self.flops.get(shape)
+        size = math.prod(shape)
+        near = min(self.flops, key=lambda other: abs(math.prod(other) - size))
+        return self.flops[near] * size / max(1, math.prod(near))
 
     def count_skip(self, shape: tuple[int, ...], share: float = 1.0) -> int | None:
         """Count a visit (or a share of its rows) as left out; the FLOPs saved, None where a

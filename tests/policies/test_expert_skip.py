@@ -161,6 +161,16 @@ def test_embeddings_are_counted_like_tokens():
     assert found[0] == found[1] and any(n["share_left_out"] > 0.2 for _, n in found[0])
 
 
+@torch.no_grad()
+def test_shares_are_told_of_more_lengths_than_are_counted():
+    model, ids = TINY["qwen3_moe"].build(), TINY["qwen3_moe"].inputs(1)["input_ids"].repeat(1, 8)
+    with enable(model, ExpertSkip(top_k=2)) as session:
+        for tokens in range(2, 32):
+            model(ids[:, :tokens])
+        visits = [v["numbers"] for v in session.report().steps]
+    assert len(visits) == 4 * 30 and {v["share_left_out"] for v in visits} == {0.5}
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @torch.no_grad()
 def test_a_request_that_is_not_finite_spoils_no_other(bad):
