@@ -130,6 +130,125 @@ def reference(
     return out.to(hidden.dtype)
 
 
+@operator("skip_experts")
+def _op(
+    hidden: Tensor, indices: Tensor, weights: Tensor, up: Tensor, down: Tensor,
+    up_bias: Tensor | None, down_bias: Tensor | None, act: str, gated: bool, transposed: bool,
+) -> Tensor:  # fmt: skip
+    if len(up) == 0 or indices.numel() == 0:
+        return torch.zeros_like(hidden)
+    given = (hidden, indices, weights, up, down, up_bias, down_bias, act, gated, transposed)
+    unfit = None if hidden.dtype in _DTYPES else f"dtype {hidden.dtype}"
+    if use_triton("skip_experts", hidden.device, unfit):
+        from accelerate_hooks.kernels._experts_triton import launch
+
+        return launch(*given)
+    if hidden.device.type == "cpu" and use_native(
+        "skip_experts", "_experts", _unfit(up, down, up_bias, down_bias)
+    ):
+        out = streamed(*given)
+        if out is not None:
+            return out
+    return grouped(*given)
+
+
+@torch.library.register_fake("accelerate_hooks::skip_experts")
+def _(
+    hidden: Tensor, indices: Tensor, weights: Tensor, up: Tensor, down: Tensor,
+    up_bias: Tensor | None, down_bias: Tensor | None, act: str, gated: bool, transposed: bool,
+) -> Tensor:  # fmt: skip
+    return hidden.new_empty(hidden.shape)
+
+
+def grouped(
+    hidden: Tensor, indices: Tensor, weights: Tensor, up: Tensor, down: Tensor,
+    up_bias: Tensor | None, down_bias: Tensor | None, act: str, gated: bool, transposed: bool,
+) -> Tensor:  # fmt: skip
+    """Slots sorted by expert, and a product for each expert."""
+    experts, indices = len(up), indices.long()
+    kept = (weights != 0) & (indices >= 0) & (indices < experts)
+    token, slot = kept.nonzero().unbind(1)
+    expert, order = indices[token, slot].sort(stable=True)
+    token, slot = token[order], slot[order]
+    touched, counts = expert.unique_consecutive(return_counts=True)
+    x, sizes = hidden.index_select(0, token), counts.tolist()
+    y = hidden.new_empty(len(token), hidden.shape[1])
+    parts = zip(touched.tolist(), x.split(sizes), y.split(sizes), strict=True)
+    for e, some, place in parts:
+        first, second = (m[e] if transposed else m[e].mT for m in (up, down))
+        features = some @ first
+        if up_bias is not None:
+            features += up_bias[e]
+        torch.mm(activate(features, act, gated), second, out=place)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    y = y.to(wide)
+    if down_bias is not None:
+        y += down_bias[expert]
+    y *= weights[token, slot].to(wide).unsqueeze(1)
+    out = torch.zeros(hidden.shape, dtype=wide, device=hidden.device)
+    return out.index_add_(0, token, y).to(hidden.dtype)
+
+
+_GIVEN = struct.Struct("@8P11q")
+"""The first part of `_experts.c`'s `Problem` (a `ctypes.Structure` takes longer)."""
+
+
+def streamed(
+    hidden: Tensor, indices: Tensor, weights: Tensor, up: Tensor, down: Tensor,
+    up_bias: Tensor | None, down_bias: Tensor | None, act: str, gated: bool, transposed: bool,
+) -> Tensor | None:  # fmt: skip
+    """The matrices of each expert that is touched read once, in C on every thread; None where its
+    tokens are so many that a product is faster."""
+    run = native.library("_experts").skip_experts
+    (tokens, width), inner = hidden.shape, down.shape[1 if transposed else 2]
+    hidden, indices = hidden.contiguous(), indices.long().contiguous()
+    weights = weights.contiguous()
+    if weights.dtype not in (torch.float32, torch.bfloat16):
+        weights = weights.float()
+    out = torch.empty_like(hidden)
+    numbers = (hidden, indices, weights, up, down)
+    pointers = [t.data_ptr() for t in numbers]
+    if 0 in pointers and any(t.numel() and not t.data_ptr() for t in numbers):
+        raise KernelError(
+            "skip_experts: memory of a tensor was freed (as FSDP does); restore it first"
+        )
+    pointers += (
+        0 if up_bias is None else up_bias.data_ptr(),
+        0 if down_bias is None else down_bias.data_ptr(),
+        out.data_ptr(),
+    )  # fmt: skip
+    sizes = (tokens, indices.shape[1], len(up), width, inner)
+    features = inner * (2 if gated or act == "clamped_swiglu" else 1)
+    bf16 = (up.dtype == torch.bfloat16, weights.dtype == torch.bfloat16)
+    given = _GIVEN.pack(*pointers, *sizes, features, _ACTS.index(act), gated, transposed, *bf16)
+    status = run(given, FEW, native.parallel(), torch.get_num_threads())
+    if status == _NO_MEMORY:
+        raise MemoryError(f"no memory for {tokens} tokens of {inner} features")
+    return None if status == _TOO_MANY else out
+
+
+_TOO_MANY, _NO_MEMORY = 1, 2
+
+
+def _streams(*given: Any) -> bool:
+    """Whether arguments that fit together go to our C, and nothing has to be counted."""
+    plain = all(x.__class__ in _PLAIN and not x.is_neg() for x in given if isinstance(x, Tensor))
+    here = plain and given[0].is_cpu and wanted() == "auto" and native.is_built("_experts")
+    return here and _unfit(*given[3:7]) is None
+
+
+def _unfit(up: Tensor, down: Tensor, *biases: Tensor | None) -> str | None:
+    """Why C cannot take these, or None."""
+    if up.dtype not in (torch.float32, torch.bfloat16):
+        return f"dtype {up.dtype}"
+    if any(bias is not None and bias.dtype != up.dtype for bias in biases):
+        return "biases of another dtype"
+    if any(size % 16 for weight in (up, down) for size in weight.shape[1:]):
+        return "matrices whose sizes are no multiples of 16"
+    given = (up, down, *(bias for bias in biases if bias is not None))
+    return None if all(t.is_contiguous() for t in given) else "matrices that are not contiguous"
+
+
 def _check(
     hidden: Tensor, indices: Tensor, weights: Tensor, up: Tensor, down: Tensor,
     up_bias: Tensor | None, down_bias: Tensor | None, act: str, gated: bool, transposed: bool,
@@ -191,122 +310,3 @@ def _check(
             ),
         )
     require_no_gradient("skip_experts", hidden, weights, up, down, up_bias, down_bias)
-
-
-@operator("skip_experts")
-def _op(
-    hidden: Tensor, indices: Tensor, weights: Tensor, up: Tensor, down: Tensor,
-    up_bias: Tensor | None, down_bias: Tensor | None, act: str, gated: bool, transposed: bool,
-) -> Tensor:  # fmt: skip
-    if len(up) == 0 or indices.numel() == 0:
-        return torch.zeros_like(hidden)
-    given = (hidden, indices, weights, up, down, up_bias, down_bias, act, gated, transposed)
-    unfit = None if hidden.dtype in _DTYPES else f"dtype {hidden.dtype}"
-    if use_triton("skip_experts", hidden.device, unfit):
-        from accelerate_hooks.kernels._experts_triton import launch
-
-        return launch(*given)
-    if hidden.device.type == "cpu" and use_native(
-        "skip_experts", "_experts", _unfit(up, down, up_bias, down_bias)
-    ):
-        out = streamed(*given)
-        if out is not None:
-            return out
-    return grouped(*given)
-
-
-@torch.library.register_fake("accelerate_hooks::skip_experts")
-def _(
-    hidden: Tensor, indices: Tensor, weights: Tensor, up: Tensor, down: Tensor,
-    up_bias: Tensor | None, down_bias: Tensor | None, act: str, gated: bool, transposed: bool,
-) -> Tensor:  # fmt: skip
-    return hidden.new_empty(hidden.shape)
-
-
-def grouped(
-    hidden: Tensor, indices: Tensor, weights: Tensor, up: Tensor, down: Tensor,
-    up_bias: Tensor | None, down_bias: Tensor | None, act: str, gated: bool, transposed: bool,
-) -> Tensor:  # fmt: skip
-    """Slots sorted by expert, and a product for each expert."""
-    experts, indices = len(up), indices.long()
-    kept = (weights != 0) & (indices >= 0) & (indices < experts)
-    token, slot = kept.nonzero().unbind(1)
-    expert, order = indices[token, slot].sort(stable=True)
-    token, slot = token[order], slot[order]
-    touched, counts = expert.unique_consecutive(return_counts=True)
-    x, sizes = hidden.index_select(0, token), counts.tolist()
-    y = hidden.new_empty(len(token), hidden.shape[1])
-    parts = zip(touched.tolist(), x.split(sizes), y.split(sizes), strict=True)
-    for e, some, place in parts:
-        first, second = (m[e] if transposed else m[e].mT for m in (up, down))
-        features = some @ first
-        if up_bias is not None:
-            features += up_bias[e]
-        torch.mm(activate(features, act, gated), second, out=place)
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    y = y.to(wide)
-    if down_bias is not None:
-        y += down_bias[expert]
-    y *= weights[token, slot].to(wide).unsqueeze(1)
-    out = torch.zeros(hidden.shape, dtype=wide, device=hidden.device)
-    return out.index_add_(0, token, y).to(hidden.dtype)
-
-
-_GIVEN = struct.Struct("@8P11q")
-"""The first part of `_experts.c`'s `Problem` (a `ctypes.Structure` takes four times as long)."""
-
-
-def streamed(
-    hidden: Tensor, indices: Tensor, weights: Tensor, up: Tensor, down: Tensor,
-    up_bias: Tensor | None, down_bias: Tensor | None, act: str, gated: bool, transposed: bool,
-) -> Tensor | None:  # fmt: skip
-    """The matrices of each expert that is touched read once, in C on every thread; None where its
-    tokens are so many that a product is faster."""
-    run = native.library("_experts").skip_experts
-    (tokens, width), inner = hidden.shape, down.shape[1 if transposed else 2]
-    hidden, indices = hidden.contiguous(), indices.long().contiguous()
-    weights = weights.contiguous()
-    if weights.dtype not in (torch.float32, torch.bfloat16):
-        weights = weights.float()
-    out = torch.empty_like(hidden)
-    numbers = (hidden, indices, weights, up, down)
-    pointers = [t.data_ptr() for t in numbers]
-    if 0 in pointers and any(t.numel() and not t.data_ptr() for t in numbers):
-        raise KernelError(
-            "skip_experts: memory of a tensor was freed (as FSDP does); restore it first"
-        )
-    pointers += (
-        0 if up_bias is None else up_bias.data_ptr(),
-        0 if down_bias is None else down_bias.data_ptr(),
-        out.data_ptr(),
-    )  # fmt: skip
-    sizes = (tokens, indices.shape[1], len(up), width, inner)
-    features = inner * (2 if gated or act == "clamped_swiglu" else 1)
-    bf16 = (up.dtype == torch.bfloat16, weights.dtype == torch.bfloat16)
-    given = _GIVEN.pack(*pointers, *sizes, features, _ACTS.index(act), gated, transposed, *bf16)
-    status = run(given, FEW, native.parallel(), torch.get_num_threads())
-    if status == _NO_MEMORY:
-        raise MemoryError(f"no memory for {tokens} tokens of {inner} features")
-    return None if status == _TOO_MANY else out
-
-
-_TOO_MANY, _NO_MEMORY = 1, 2
-
-
-def _streams(*given: Any) -> bool:
-    """Whether arguments that fit together go to our C, and nothing has to be counted."""
-    plain = all(x.__class__ in _PLAIN and not x.is_neg() for x in given if isinstance(x, Tensor))
-    here = plain and given[0].is_cpu and wanted() == "auto" and native.is_built("_experts")
-    return here and _unfit(*given[3:7]) is None
-
-
-def _unfit(up: Tensor, down: Tensor, *biases: Tensor | None) -> str | None:
-    """Why C cannot take these, or None."""
-    if up.dtype not in (torch.float32, torch.bfloat16):
-        return f"dtype {up.dtype}"
-    if any(bias is not None and bias.dtype != up.dtype for bias in biases):
-        return "biases of another dtype"
-    if any(size % 16 for weight in (up, down) for size in weight.shape[1:]):
-        return "matrices whose sizes are no multiples of 16"
-    given = (up, down, *(bias for bias in biases if bias is not None))
-    return None if all(t.is_contiguous() for t in given) else "matrices that are not contiguous"

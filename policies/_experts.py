@@ -147,16 +147,25 @@ def _activation(module: nn.Module, features: int, gated: bool) -> Act | None:
     return None
 
 
+def noise(tokens: int, width: int) -> Tensor:
+    """Hidden states ``[tokens, width]`` from small to large, the same each time."""
+    scale = torch.logspace(-4, 2, tokens, base=2.0, device="cpu").unsqueeze(1)
+    generator = torch.Generator().manual_seed(0)
+    return scale * torch.randn(tokens, width, generator=generator, device="cpu")
+
+
 def sample(
     hidden: Tensor, indices: Tensor, weights: Tensor, experts: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states, indices and weights like these, of noise from small to large: no request
-    decides how the next one is treated."""
-    (tokens, k), generator = (8, indices.shape[1]), torch.Generator().manual_seed(0)
-    scale = torch.logspace(-4, 2, tokens, base=2.0, device="cpu").unsqueeze(1)
-    x = scale * torch.randn(tokens, hidden.shape[1], generator=generator, device="cpu")
+    """Hidden states, indices and weights like these, of noise: no request decides how the next one
+    is treated."""
+    tokens, k = 8, indices.shape[1]
     asked = torch.arange(tokens * k, device="cpu").remainder(experts).view(tokens, k)
-    return x.to(hidden), asked.to(indices), weights.new_full((tokens, k), 1.0 / k)
+    return (
+        noise(tokens, hidden.shape[1]).to(hidden),
+        asked.to(indices),
+        weights.new_full((tokens, k), 1.0 / k),
+    )
 
 
 def error_of(

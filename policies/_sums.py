@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from accelerate_hooks.call import Call
 from accelerate_hooks.opaque import opaque_functions
 from accelerate_hooks.policies import _lists, _weighing
+from accelerate_hooks.policies._experts import noise
 from accelerate_hooks.policies._routers import chosen
 from accelerate_hooks.policies._twins import Bare, StandIn, router_of, twin
 from accelerate_hooks.recognise import version_of
@@ -56,11 +57,9 @@ def _noise(call: Call) -> Iterator[Tensor]:
     """In the shapes that a module may want; what a router sees may be wider than experts."""
     router = _router(call)
     matrices = [p for p in router.parameters() if p.ndim == 2] if router is not None else []
-    scale = torch.logspace(-4, 2, _TOKENS, base=2.0, device="cpu").unsqueeze(1)
     for width in dict.fromkeys((call.x.shape[-1], *(p.shape[1] for p in matrices))):
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(_TOKENS, width, generator=generator, device="cpu")
-        yield from ((x * scale).to(call.x).unsqueeze(0), (x * scale).to(call.x))
+        x = noise(_TOKENS, width).to(call.x)
+        yield from (x.unsqueeze(0), x)
 
 
 @contextmanager
