@@ -1,6 +1,7 @@
 """ExpertSkip: a full-size layer of experts, beside transformers' own implementations.
 
     expert_skip.py                # on the GPU if there is one; writes benchmarks/results/
+    expert_skip.py --price        # what a call costs beside its experts, caches cold
 
 One layer (hidden 2,048, width 768, 128 experts, 8 a token; random weights): `skip_experts` with 8,
 6, 4 and 2 of the slots kept, transformers' `grouped_mm`, `batched_mm` and `eager` on all 8, in one
@@ -135,13 +136,31 @@ def point(module: Qwen3MoeExperts, tokens: int, rounds: int) -> dict[str, Any]:
     }
 
 
+@torch.no_grad()
+def price(rounds: int = 200) -> float:
+    """Milliseconds of a call that asks no expert, behind other memory: what is paid beside them."""
+    module = layer(torch.bfloat16)
+    x = torch.zeros(1, HIDDEN, dtype=torch.bfloat16, device=DEVICE)
+    indices, weights = x.new_zeros(1, TOP, dtype=torch.int64), x.new_zeros(1, TOP)
+    elsewhere = torch.ones(ELSEWHERE // 4, device=DEVICE)
+
+    def run() -> Tensor:
+        return skip_experts(x, indices, weights, module.gate_up_proj, module.down_proj)
+
+    return statistics.median([clock(run, elsewhere) for _ in range(rounds)][1:]) * 1e3
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=31)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--force", action="store_true", help="write even when the machine is noisy")
+    parser.add_argument("--price", action="store_true", help="what a call costs by itself")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.price:
+        print(f"a call that asks no expert: {price():.3f} ms")
+        return
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
         module = layer(dtype)
